@@ -1,0 +1,1 @@
+"""Chunkwise matrix algebra in plain torch, for CPU tensors."""
