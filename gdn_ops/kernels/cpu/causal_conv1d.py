@@ -69,7 +69,11 @@ def backward(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu)
     else:
         dtype = _compute_dtype(x)
         dx, dstate = torch.empty_like(x, dtype=dtype), x.new_empty(0, x.shape[2], weight.shape[1] - 1, dtype=dtype)
-        dweight, dbias, dstates = weight.new_zeros(weight.shape, dtype=dtype), weight.new_zeros(len(weight), dtype=dtype), []
+        dweight, dbias, dstates = (
+            weight.new_zeros(weight.shape, dtype=dtype),
+            weight.new_zeros(len(weight), dtype=dtype),
+            [],
+        )
         for n, tokens in _sequences(cu_seqlens):
             dx[:, tokens], dw, db, ds = _backward_dense(
                 dy[:, tokens], _one(dfinal_state, n), x[:, tokens], weight, bias, _one(initial_state, n), silu

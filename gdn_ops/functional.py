@@ -1,0 +1,237 @@
+"""Floor 3: the functions people call. Each validates once, composes the pointwise parts in plain torch (so that a
+compiler fuses them and an exporter sees them) and calls one operator."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdn_ops import validation
+from gdn_ops.ops.gated_delta_rule import state_dtype
+
+
+def _prepare(q, k, v, g, beta, l2norm, gate, A_log, dt_bias, beta_sigmoid, allow_neg_eigval, cu_seqlens):
+    """Flags to plain tensors: normalised q and k, log decay g, and beta."""
+    validation.gated_delta_rule(q, k, v, g, beta, cu_seqlens)
+    if gate:
+        if g is None or A_log is None:
+            raise ValueError("use_gate_in_kernel: expected g (the raw gate) and A_log, got None")
+        HV = v.shape[2]
+        validation.state(A_log, "A_log", (HV,), q, "q")
+        g = g.float()
+        if dt_bias is not None:
+            validation.state(dt_bias, "dt_bias", (HV,), q, "q")
+            g = g + dt_bias.float()
+        g = -A_log.float().exp() * F.softplus(g)
+    elif A_log is not None or dt_bias is not None:
+        raise ValueError("A_log, dt_bias: expected None unless use_gate_in_kernel=True, got a tensor")
+    if g is None:
+        g = torch.zeros(v.shape[:3], dtype=state_dtype(q), device=v.device)
+    if allow_neg_eigval and not beta_sigmoid:
+        raise ValueError("allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True with it, got False")
+    if beta_sigmoid:
+        beta = beta.to(state_dtype(q)).sigmoid()
+        beta = beta * 2 if allow_neg_eigval else beta
+    if l2norm:
+        q, k = _l2norm(q), _l2norm(k)
+    return q, k, g, beta
+
+
+def _l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    wide = x.to(state_dtype(x))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _run(op, q, k, v, g, beta, scale, initial_state, output_final_state, state_v_first, cu_seqlens):
+    if initial_state is not None:
+        if state_v_first:
+            initial_state = initial_state.mT
+        N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        validation.state(initial_state, "initial_state", (N, v.shape[2], q.shape[3], v.shape[3]), q, "q")
+        initial_state = initial_state.to(state_dtype(q))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    o, final_state = op(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state)
+    if not output_final_state:
+        return o, None
+    return o, final_state.mT if state_v_first else final_state
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule (arXiv 2412.06464, eq. 10) over whole sequences, chunk by chunk; differentiable.
+
+    Args:
+        q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]`` with ``HV % H == 0``; one dtype (fp32, bf16, fp16, fp64).
+        g: log decay ``[B, T, HV]``, at most 0, any float dtype; ``None`` means 0 (DeltaNet's rule).
+        beta: writing strength ``[B, T, HV]``.
+        scale: factor on q, default ``K ** -0.5``.
+        initial_state: ``[N, HV, K, V]`` (``[N, HV, V, K]`` with ``state_v_first``), default zeros.
+        output_final_state: also return the state after the last token, in fp32 (fp64 for fp64 inputs).
+        use_qk_l2norm_in_kernel: divide q and k by their l2 norms (eps 1e-6 under the root).
+        use_gate_in_kernel: ``g`` is raw; the decay is ``-exp(A_log) * softplus(g + dt_bias)``, both ``[HV]``.
+        use_beta_sigmoid_in_kernel: ``beta`` is raw; its sigmoid is used, times 2 with ``allow_neg_eigval``.
+        cu_seqlens: ``[N + 1]`` int32 or int64 bounds of sequences packed along T; then B is 1.
+
+    Returns:
+        ``(o [B, T, HV, V], final_state or None)``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Example::
+
+        >>> q, k = torch.randn(2, 1, 100, 2, 64)
+        >>> v, g, beta = torch.randn(1, 100, 4, 64), -torch.rand(1, 100, 4), torch.rand(1, 100, 4)
+        >>> o, state = chunk_gated_delta_rule(
+        ...     q, k, v, g, beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
+        >>> o.shape, state.shape
+        (torch.Size([1, 100, 4, 64]), torch.Size([1, 4, 64, 64]))
+    """
+    q, k, g, beta = _prepare(
+        q, k, v, g, beta, use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, cu_seqlens,
+    )  # fmt: skip
+    op = torch.ops.gdn.chunk_gated_delta_rule
+    return _run(op, q, k, v, g, beta, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
+
+
+def recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The same rule token by token, for decode and short sequences. Arguments as :func:`chunk_gated_delta_rule`."""
+    q, k, g, beta = _prepare(
+        q, k, v, g, beta, use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, cu_seqlens,
+    )  # fmt: skip
+    op = torch.ops.gdn.recurrent_gated_delta_rule
+    return _run(op, q, k, v, g, beta, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
+
+
+fused_recurrent_gated_delta_rule = recurrent_gated_delta_rule
+
+
+def recurrent_gated_delta_rule_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    state: Tensor,
+    state_indices: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Reads and writes the states in place in a pool ``state [P, HV, K, V]``; returns ``o``. Not differentiable.
+
+    ``state_indices [N]`` (int32 or int64) is the slot of each sequence, default ``0..N-1``. ``-1`` is padding: no
+    state is touched and the output is zero. Any other value outside ``[0, P)`` raises ``IndexError``. A slot named
+    twice in one call ends up with one of its results; which one is not defined. Other arguments as
+    :func:`chunk_gated_delta_rule`.
+    """
+    q, k, g, beta = _prepare(
+        q, k, v, g, beta, use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias,
+        use_beta_sigmoid_in_kernel, allow_neg_eigval, cu_seqlens,
+    )  # fmt: skip
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = state.mT if state_v_first else state
+    validation.state(state, "state", (state.shape[0], v.shape[2], q.shape[3], v.shape[3]), q, "q")
+    if state_indices is not None:
+        validation.state_indices(state_indices, N, q, "q")
+    elif state.shape[0] < N:
+        raise ValueError(f"state: expected at least {N} slots without state_indices, got {state.shape[0]}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return torch.ops.gdn.recurrent_gated_delta_rule_(q, k, v, g, beta, state, state_indices, cu_seqlens, scale)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Depthwise causal convolution ``x [B, T, D]``, ``weight [D, W]`` (W 2 to 4), ``bias [D]``; differentiable.
+
+    ``activation`` is ``None``, ``"silu"`` or ``"swish"``. ``initial_state`` and the returned state are
+    ``[N, D, W - 1]`` in x's dtype, oldest input first. ``cu_seqlens`` packs sequences along T (then B is 1).
+    Raises ``ValueError`` or ``TypeError`` naming the argument.
+
+    Example::
+
+        >>> y, state = causal_conv1d(torch.randn(1, 9, 8), torch.randn(8, 4), output_final_state=True)
+        >>> y.shape, state.shape
+        (torch.Size([1, 9, 8]), torch.Size([1, 8, 3]))
+    """
+    validation.causal_conv1d(x, weight, bias, activation, cu_seqlens)
+    if initial_state is not None:
+        N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        validation.state(initial_state, "initial_state", (N, *weight.shape[:1], weight.shape[1] - 1), x, "x")
+        initial_state = initial_state.to(x.dtype)
+    op = torch.ops.gdn.causal_conv1d
+    y, state = op(x, weight, bias, initial_state, cu_seqlens, activation is not None, output_final_state)
+    return y, state if output_final_state else None
+
+
+def causal_conv1d_update_(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """Decode form: ``x [B, D]`` or ``[B, T, D]``; ``state [P, D, W - 1]`` is read and advanced in place.
+
+    Index rules as in :func:`recurrent_gated_delta_rule_`. Not differentiable.
+    """
+    single = x.dim() == 2
+    x = x[:, None] if single else x
+    validation.causal_conv1d(x, weight, bias, activation, None)
+    validation.state(state, "state", (state.shape[0], weight.shape[0], weight.shape[1] - 1), x, "x")
+    if state_indices is not None:
+        validation.state_indices(state_indices, x.shape[0], x, "x")
+    elif state.shape[0] < x.shape[0]:
+        raise ValueError(f"state: expected at least {x.shape[0]} slots without state_indices, got {state.shape[0]}")
+    y = torch.ops.gdn.causal_conv1d_update_(x, weight, bias, state, state_indices, activation is not None)
+    return y[:, 0] if single else y

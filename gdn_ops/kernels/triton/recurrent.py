@@ -1,0 +1,462 @@
+"""The gated delta rule token by token on the GPU: decode, and short sequences.
+
+One program owns one (sequence, value head, tile of ``BV`` value columns). The columns of the state never meet in the
+recurrence, so the program keeps its ``[K, BV]`` tile in fp32 registers from the first token to the last: the state is
+read once and written once, which for a single token is all the traffic there is (decode is bound by memory).
+
+Both reductions of a token, ``S^T k`` and ``S^T q``, read the state *before* the token, so they run side by side::
+
+    u   = beta * (v - exp(g) * (S^T k))
+    o   = scale * (exp(g) * (S^T q) + (k . q) * u)          (= scale * S_new^T q)
+    S  <- exp(g) * S + k u^T
+
+The next token's operands are loaded while the present one is worked on. Nothing about a sequence's arithmetic depends
+on its neighbours: the same sequence gives the same bits in any batch.
+
+Tiles: a row of a tile is one 128-byte line (32 fp32 columns), a thread holds 32 elements of the state, so a block keeps
+8 to 32 KB in flight with 16-byte accesses, along ``V`` or along ``K``, whichever the state's strides make contiguous.
+``K`` and ``V`` need not be powers of two: the tile is padded with zeros, and the padding is never read or written.
+
+Offsets are 64-bit. States may have any strides and, in the pool, any floating dtype; the arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
+from gdn_ops.kernels.triton.launch import launch
+
+
+@triton.jit
+def _bounds(n, T, cu_seqlens):
+    """Row of the batch, first token and end of sequence ``n``, clamped so that bad bounds never leave the tensor."""
+    if cu_seqlens is None:
+        b = n
+        begin = n * 0
+        end = begin + T
+    else:
+        b = n * 0
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), begin), T)
+    return b, begin, end
+
+
+@triton.jit
+def _write_zeros(o, stride_o_t, begin, end, offsets_v, mask_v):
+    zeros = tl.zeros(offsets_v.shape, dtype=o.dtype.element_ty)
+    for t in range(begin, end):
+        tl.store(o + t * stride_o_t + offsets_v, zeros, mask=mask_v)
+
+
+@triton.jit
+def _run_tokens(
+    S_kv,
+    q,
+    k,
+    v,
+    g,
+    beta,
+    o,
+    scale,
+    begin,
+    end,
+    stride_q_t,
+    stride_k_t,
+    stride_v_t,
+    stride_g_t,
+    stride_beta_t,
+    stride_o_t,
+    offsets_q,
+    offsets_k,
+    offsets_v,
+    offsets_o,
+    mask_k,
+    mask_v,
+):
+    """Run tokens ``begin .. end`` through the state; pointers stand at token 0 of this sequence's row and head."""
+    q += begin * stride_q_t
+    k += begin * stride_k_t
+    v += begin * stride_v_t
+    g += begin * stride_g_t
+    beta += begin * stride_beta_t
+    o += begin * stride_o_t
+    some = begin < end
+    q_k = tl.load(q + offsets_q, mask=mask_k & some, other=0.0)
+    k_k = tl.load(k + offsets_k, mask=mask_k & some, other=0.0)
+    v_v = tl.load(v + offsets_v, mask=mask_v & some, other=0.0)
+    g_t = tl.load(g, mask=some, other=0.0)
+    beta_t = tl.load(beta, mask=some, other=0.0)
+    for t in range(begin, end):
+        more = t + 1 < end
+        q += stride_q_t
+        k += stride_k_t
+        v += stride_v_t
+        g += stride_g_t
+        beta += stride_beta_t
+        q_next = tl.load(q + offsets_q, mask=mask_k & more, other=0.0)
+        k_next = tl.load(k + offsets_k, mask=mask_k & more, other=0.0)
+        v_next = tl.load(v + offsets_v, mask=mask_v & more, other=0.0)
+        g_next = tl.load(g, mask=more, other=0.0)
+        beta_next = tl.load(beta, mask=more, other=0.0)
+
+        query_k = q_k.to(tl.float32)
+        key_k = k_k.to(tl.float32)
+        decay = tl.exp(g_t.to(tl.float32))
+        stored_v = tl.sum(S_kv * key_k[:, None], axis=0)
+        read_v = tl.sum(S_kv * query_k[:, None], axis=0)
+        overlap = tl.sum(key_k * query_k, axis=0)
+        written_v = beta_t.to(tl.float32) * (v_v.to(tl.float32) - decay * stored_v)
+        o_v = scale * (decay * read_v + overlap * written_v)
+        S_kv = decay * S_kv + key_k[:, None] * written_v[None, :]
+        tl.store(o + offsets_o, o_v.to(o.dtype.element_ty), mask=mask_v)
+
+        o += stride_o_t
+        q_k = q_next
+        k_k = k_next
+        v_v = v_next
+        g_t = g_next
+        beta_t = beta_next
+    return S_kv
+
+
+@triton.jit
+def recurrent_forward_kernel(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    o,
+    initial_state,
+    final_state,
+    cu_seqlens,
+    scale,
+    T,
+    N,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_q_k,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_k_k,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_v_v,
+    stride_g_b,
+    stride_g_t,
+    stride_g_h,
+    stride_beta_b,
+    stride_beta_t,
+    stride_beta_h,
+    stride_initial_n,
+    stride_initial_h,
+    stride_initial_k,
+    stride_initial_v,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """``initial_state`` None: zeros; ``final_state`` None: not written; ``cu_seqlens`` None: one sequence a row."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    head = program // NV % HV
+    n = (program // (NV * HV)).to(tl.int64)
+    b, begin, end = _bounds(n, T, cu_seqlens)
+    hv = head.to(tl.int64)
+    h = (head // (HV // H)).to(tl.int64)
+    offsets_k = tl.arange(0, BK)
+    offsets_v = program % NV * BV + tl.arange(0, BV)
+    mask_k = offsets_k < K
+    mask_v = offsets_v < V
+    mask_kv = mask_k[:, None] & mask_v[None, :]
+
+    if initial_state is None:
+        S_kv = tl.zeros([BK, BV], dtype=tl.float32)
+    else:
+        initial_state += n * stride_initial_n + hv * stride_initial_h
+        offsets_s = offsets_k.to(tl.int64)[:, None] * stride_initial_k + offsets_v.to(tl.int64)[None, :] * stride_initial_v
+        S_kv = tl.load(initial_state + offsets_s, mask=mask_kv, other=0.0).to(tl.float32)
+    o += (b * T * HV + hv) * V
+    S_kv = _run_tokens(
+        S_kv,
+        q + b * stride_q_b + h * stride_q_h,
+        k + b * stride_k_b + h * stride_k_h,
+        v + b * stride_v_b + hv * stride_v_h,
+        g + b * stride_g_b + hv * stride_g_h,
+        beta + b * stride_beta_b + hv * stride_beta_h,
+        o,
+        scale,
+        begin,
+        end,
+        stride_q_t,
+        stride_k_t,
+        stride_v_t,
+        stride_g_t,
+        stride_beta_t,
+        HV * V,
+        offsets_k.to(tl.int64) * stride_q_k,
+        offsets_k.to(tl.int64) * stride_k_k,
+        offsets_v.to(tl.int64) * stride_v_v,
+        offsets_v,
+        mask_k,
+        mask_v,
+    )
+    if cu_seqlens is not None:
+        if n == N - 1:
+            _write_zeros(o, HV * V, end, T, offsets_v, mask_v)
+    if final_state is not None:
+        final_state += (n * HV + hv) * (K * V)
+        tl.store(final_state + offsets_k[:, None] * V + offsets_v[None, :], S_kv, mask=mask_kv)
+
+
+@triton.jit
+def recurrent_update_kernel(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    o,
+    state,
+    state_indices,
+    cu_seqlens,
+    scale,
+    T,
+    N,
+    P,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_q_k,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_k_k,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_v_v,
+    stride_g_b,
+    stride_g_t,
+    stride_g_h,
+    stride_beta_b,
+    stride_beta_t,
+    stride_beta_h,
+    stride_state_p,
+    stride_state_h,
+    stride_state_k,
+    stride_state_v,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """The same on slot ``state_indices[n]`` of a pool of ``P`` states; a slot outside the pool gives zero outputs."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    head = program // NV % HV
+    n = (program // (NV * HV)).to(tl.int64)
+    b, begin, end = _bounds(n, T, cu_seqlens)
+    hv = head.to(tl.int64)
+    h = (head // (HV // H)).to(tl.int64)
+    offsets_k = tl.arange(0, BK)
+    offsets_v = program % NV * BV + tl.arange(0, BV)
+    mask_k = offsets_k < K
+    mask_v = offsets_v < V
+    mask_kv = mask_k[:, None] & mask_v[None, :]
+
+    if state_indices is None:
+        slot = n
+    else:
+        slot = tl.load(state_indices + n).to(tl.int64)
+    o += (b * T * HV + hv) * V
+    if (slot >= 0) & (slot < P):
+        state += slot * stride_state_p + hv * stride_state_h
+        offsets_s = offsets_k.to(tl.int64)[:, None] * stride_state_k + offsets_v.to(tl.int64)[None, :] * stride_state_v
+        S_kv = tl.load(state + offsets_s, mask=mask_kv, other=0.0).to(tl.float32)
+        S_kv = _run_tokens(
+            S_kv,
+            q + b * stride_q_b + h * stride_q_h,
+            k + b * stride_k_b + h * stride_k_h,
+            v + b * stride_v_b + hv * stride_v_h,
+            g + b * stride_g_b + hv * stride_g_h,
+            beta + b * stride_beta_b + hv * stride_beta_h,
+            o,
+            scale,
+            begin,
+            end,
+            stride_q_t,
+            stride_k_t,
+            stride_v_t,
+            stride_g_t,
+            stride_beta_t,
+            HV * V,
+            offsets_k.to(tl.int64) * stride_q_k,
+            offsets_k.to(tl.int64) * stride_k_k,
+            offsets_v.to(tl.int64) * stride_v_v,
+            offsets_v,
+            mask_k,
+            mask_v,
+        )
+        tl.store(state + offsets_s, S_kv.to(state.dtype.element_ty), mask=mask_kv)
+    else:
+        _write_zeros(o, HV * V, begin, end, offsets_v, mask_v)
+    if cu_seqlens is not None:
+        if n == N - 1:
+            _write_zeros(o, HV * V, end, T, offsets_v, mask_v)
+
+
+def _tile(K: int, V: int, state_dtype: torch.dtype) -> tuple[int, int, int]:
+    """``(BK, BV, num_warps)``: rows of one 128-byte line of the state, 32 elements of the tile a thread."""
+    BK = triton.next_power_of_2(K)
+    BV = min(triton.next_power_of_2(V), 128 // state_dtype.itemsize)
+    return BK, BV, max(1, min(8, BK * BV // 1024))
+
+
+def recurrent_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence over ``q, k [B, T, H, K]``, ``v [B, T, HV, V]``, ``g, beta [B, T, HV]``, in one launch.
+
+    Returns ``o [B, T, HV, V]`` in v's dtype and ``final_state [N, HV, K, V]`` in fp32 (``[0, HV, K, V]`` unless
+    ``output_final_state``), both contiguous. Tokens past ``cu_seqlens[-1]`` get zeros.
+    """
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device)
+    final_state = torch.empty((N if output_final_state else 0, HV, K, V), dtype=torch.float32, device=v.device)
+    BK, BV, num_warps = _tile(K, V, torch.float32)
+    strides = (0, 0, 0, 0) if initial_state is None else initial_state.stride()
+    launch(recurrent_forward_kernel)[(N * HV * triton.cdiv(V, BV),)](
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
+        o=o,
+        initial_state=initial_state,
+        final_state=final_state if output_final_state else None,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+        scale=scale,
+        T=T,
+        N=N,
+        stride_q_b=q.stride(0),
+        stride_q_t=q.stride(1),
+        stride_q_h=q.stride(2),
+        stride_q_k=q.stride(3),
+        stride_k_b=k.stride(0),
+        stride_k_t=k.stride(1),
+        stride_k_h=k.stride(2),
+        stride_k_k=k.stride(3),
+        stride_v_b=v.stride(0),
+        stride_v_t=v.stride(1),
+        stride_v_h=v.stride(2),
+        stride_v_v=v.stride(3),
+        stride_g_b=g.stride(0),
+        stride_g_t=g.stride(1),
+        stride_g_h=g.stride(2),
+        stride_beta_b=beta.stride(0),
+        stride_beta_t=beta.stride(1),
+        stride_beta_h=beta.stride(2),
+        stride_initial_n=strides[0],
+        stride_initial_h=strides[1],
+        stride_initial_k=strides[2],
+        stride_initial_v=strides[3],
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        BK=BK,
+        BV=BV,
+        num_warps=num_warps,
+    )
+    return o, final_state
+
+
+def recurrent_update_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    state_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The recurrence on a pool ``state [P, HV, K, V]``, updated in place; returns ``o [B, T, HV, V]``.
+
+    Sequence ``n`` uses slot ``state_indices[n]`` (slot ``n`` without them). An index that is no slot, such as the
+    padding index -1, touches no state and its tokens get zeros. Two sequences on one slot: the result is undefined.
+    """
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device)
+    BK, BV, num_warps = _tile(K, V, state.dtype)
+    launch(recurrent_update_kernel)[(N * HV * triton.cdiv(V, BV),)](
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
+        o=o,
+        state=state,
+        state_indices=None if state_indices is None else state_indices.contiguous(),
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+        scale=scale,
+        T=T,
+        N=N,
+        P=state.shape[0],
+        stride_q_b=q.stride(0),
+        stride_q_t=q.stride(1),
+        stride_q_h=q.stride(2),
+        stride_q_k=q.stride(3),
+        stride_k_b=k.stride(0),
+        stride_k_t=k.stride(1),
+        stride_k_h=k.stride(2),
+        stride_k_k=k.stride(3),
+        stride_v_b=v.stride(0),
+        stride_v_t=v.stride(1),
+        stride_v_h=v.stride(2),
+        stride_v_v=v.stride(3),
+        stride_g_b=g.stride(0),
+        stride_g_t=g.stride(1),
+        stride_g_h=g.stride(2),
+        stride_beta_b=beta.stride(0),
+        stride_beta_t=beta.stride(1),
+        stride_beta_h=beta.stride(2),
+        stride_state_p=state.stride(0),
+        stride_state_h=state.stride(1),
+        stride_state_k=state.stride(2),
+        stride_state_v=state.stride(3),
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        BK=BK,
+        BV=BV,
+        num_warps=num_warps,
+    )
+    return o

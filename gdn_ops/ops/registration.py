@@ -1,0 +1,77 @@
+"""How every operator of this package reaches the dispatcher: one function, so that all have the same parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+LIBRARY = torch.library.Library("gdn", "DEF")
+
+
+def register(
+    schema: str,
+    *,
+    cpu: Callable,
+    fake: Callable,
+    backward: tuple[Callable, Callable] | None = None,
+    autocast: Sequence[int] = (),
+    flops: Callable | None = None,
+    vmap: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Defines ``gdn::<schema>`` and returns its overload.
+
+    ``backward`` is ``(backward, setup_context)``. ``autocast`` gives the positions cast to the autocast dtype: gates
+    and states stay as they are, which is why torch's own all-tensors rule is not used.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"gdn::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.gdn, name).default
+    if backward is not None:
+        torch.library.register_autograd(f"gdn::{name}", backward[0], setup_context=backward[1], lib=LIBRARY)
+    if autocast:
+        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            LIBRARY.impl(name, _autocast_rule(op, device, autocast), key)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.gdn, name))(flops)
+    if vmap is not None:
+        torch.library.register_vmap(f"gdn::{name}", vmap, lib=LIBRARY)
+    return op
+
+
+def _autocast_rule(op: torch._ops.OpOverload, device: str, positions: Sequence[int]) -> Callable:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+
+    def rule(*args):
+        dtype = torch.get_autocast_dtype(device)
+        args = list(args)
+        for i in positions:
+            if args[i] is not None and args[i].is_floating_point() and args[i].dtype != torch.float64:
+                args[i] = args[i].to(dtype)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*args)
+
+    return rule
+
+
+def vmap_by_loop(op: torch._ops.OpOverload) -> Callable:
+    """A vmap rule for any of the operators: one call a slice, results stacked on dim 0."""
+
+    def rule(info, in_dims, *args):
+        def pick(i):
+            return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims)]
+
+        results = [op(*pick(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(column) for column in zip(*results)), (0,) * len(results[0])
+
+    return rule
+
+
+def fresh(like: torch.Tensor, *shape, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A contiguous tensor on ``like``'s device."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)

@@ -1,0 +1,95 @@
+"""Checks at the door, once, for every public function. Errors name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _expect(ok: bool, name: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _tensor(x: object, name: str, dims: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    _expect(x.dim() == dims, name, f"{dims} dimensions", f"shape {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
+
+
+def _shape(x: Tensor, name: str, shape: tuple) -> None:
+    same = x.dim() == len(shape) and all(a == b for a, b in zip(x.shape, shape))
+    _expect(same, name, f"shape {tuple(shape)}", tuple(x.shape))
+
+
+def _device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    _expect(x.device == other.device, name, f"device {other.device} (as {other_name})", x.device)
+
+
+def _cu_seqlens(cu_seqlens: Tensor, like: Tensor, name: str) -> None:
+    _tensor(cu_seqlens, "cu_seqlens", 1, (torch.int32, torch.int64))
+    _device(cu_seqlens, "cu_seqlens", like, name)
+    _expect(like.shape[0] == 1, name, "batch size 1 with cu_seqlens", tuple(like.shape))
+    _expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "at least one element", tuple(cu_seqlens.shape))
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        good = bounds[0] == 0 and bounds[-1] == like.shape[1] and bounds == sorted(bounds)
+        _expect(good, "cu_seqlens", f"a non-decreasing list from 0 to T={like.shape[1]}", bounds)
+
+
+def gated_delta_rule(q, k, v, g, beta, cu_seqlens) -> None:
+    """Shapes, dtypes and devices of the inputs that all forms of the rule share."""
+    for x, name in ((q, "q"), (k, "k"), (v, "v")):
+        _tensor(x, name, 4)
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected dtype {q.dtype} (as q), got {x.dtype}")
+        _device(x, name, q, "q")
+    B, T, H, K = q.shape
+    _shape(k, "k", (B, T, H, K))
+    _expect(H >= 1 and K >= 1, "q", "at least one head and one feature", tuple(q.shape))
+    _shape(v, "v", (B, T, v.shape[2], v.shape[3]))
+    HV, V = v.shape[2:]
+    _expect(HV >= 1 and HV % H == 0, "v", f"a number of heads divisible by q's {H}", HV)
+    _expect(V >= 1, "v", "at least one feature", tuple(v.shape))
+    for x, name in ((g, "g"), (beta, "beta")):
+        if x is not None:
+            _tensor(x, name, 3)
+            _shape(x, name, (B, T, HV))
+            _device(x, name, q, "q")
+    if cu_seqlens is not None:
+        _cu_seqlens(cu_seqlens, q, "q")
+
+
+def state(x: Tensor, name: str, shape: tuple, like: Tensor, like_name: str) -> None:
+    """A state of exactly ``shape``, on the inputs' device."""
+    _tensor(x, name, len(shape))
+    _shape(x, name, shape)
+    _device(x, name, like, like_name)
+
+
+def state_indices(x: Tensor, N, like: Tensor, like_name: str) -> None:
+    """One slot a sequence."""
+    _tensor(x, "state_indices", 1, (torch.int32, torch.int64))
+    _shape(x, "state_indices", (N,))
+    _device(x, "state_indices", like, like_name)
+
+
+def causal_conv1d(x, weight, bias, activation, cu_seqlens) -> None:
+    """Inputs of the short convolution."""
+    _tensor(x, "x", 3)
+    _tensor(weight, "weight", 2)
+    D, W = weight.shape
+    _shape(x, "x", (x.shape[0], x.shape[1], D))
+    _expect(2 <= W <= 4, "weight", "a width (dim 1) of 2 to 4", W)
+    _device(weight, "weight", x, "x")
+    if bias is not None:
+        _tensor(bias, "bias", 1)
+        _shape(bias, "bias", (D,))
+        _device(bias, "bias", x, "x")
+    _expect(activation in (None, "silu", "swish"), "activation", "None, 'silu' or 'swish'", repr(activation))
+    if cu_seqlens is not None:
+        _cu_seqlens(cu_seqlens, x, "x")
