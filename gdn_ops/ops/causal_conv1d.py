@@ -56,6 +56,7 @@ causal_conv1d = register(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu, "
     "bool output_final_state) -> (Tensor, Tensor)",
     cpu=cpu.forward,
+    triton="causal_conv1d:forward",
     fake=_fake_forward,
     backward=(_backward, _setup_context),
     autocast=(0, 1, 2, 3),
@@ -65,6 +66,7 @@ causal_conv1d_backward = register(
     "causal_conv1d_backward(Tensor dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, "
     "Tensor? initial_state, Tensor? cu_seqlens, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=cpu.backward,
+    triton="causal_conv1d:backward",
     fake=_fake_backward,
     flops=_backward_flops,
 )
@@ -72,6 +74,7 @@ causal_conv1d_update_ = register(
     "causal_conv1d_update_(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, Tensor? state_indices, "
     "bool silu) -> Tensor",
     cpu=cpu.update_,
+    triton="causal_conv1d:update_",
     fake=lambda x, weight, bias, state, state_indices, silu: fresh(x, *x.shape),
     autocast=(0, 1, 2),
     flops=_flops,

@@ -71,6 +71,7 @@ _FORWARD = (
 chunk_gated_delta_rule = register(
     "chunk_gated_delta_rule" + _FORWARD,
     cpu=cpu.chunk_forward,
+    triton="chunk_forward:chunk_forward",
     fake=_fake_forward,
     backward=(_backward, _setup_context),
     autocast=(0, 1, 2),
@@ -80,12 +81,14 @@ chunk_gated_delta_rule_backward = register(
     f"chunk_gated_delta_rule_backward(Tensor do, Tensor? dfinal_state, {_INPUTS}, Tensor? initial_state, "
     "Tensor? cu_seqlens, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=cpu.chunk_backward,
+    triton="chunk_backward:chunk_backward",
     fake=_fake_backward,
     flops=_backward_flops,
 )
 recurrent_gated_delta_rule = register(
     "recurrent_gated_delta_rule" + _FORWARD,
     cpu=cpu.recurrent_forward,
+    triton="recurrent:recurrent_forward",
     fake=_fake_forward,
     backward=(_backward, _setup_context),
     autocast=(0, 1, 2),
@@ -95,6 +98,7 @@ recurrent_gated_delta_rule_ = register(
     f"recurrent_gated_delta_rule_({_INPUTS}, Tensor(a!) state, Tensor? state_indices, Tensor? cu_seqlens, "
     "float scale) -> Tensor",
     cpu=cpu.recurrent_update_,
+    triton="recurrent:recurrent_update_",
     fake=lambda q, k, v, g, beta, state, state_indices, cu_seqlens, scale: fresh(v, *v.shape),
     autocast=(0, 1, 2),
     flops=_forward_flops,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("gdn", "DEF")
@@ -14,6 +16,7 @@ def register(
     schema: str,
     *,
     cpu: Callable,
+    triton: str,
     fake: Callable,
     backward: tuple[Callable, Callable] | None = None,
     autocast: Sequence[int] = (),
@@ -22,14 +25,20 @@ def register(
 ) -> torch._ops.OpOverload:
     """Defines ``gdn::<schema>`` and returns its overload.
 
+    ``cpu`` is plain torch and serves fp64 on CUDA as well. ``triton`` is ``"module:function"`` in
+    ``gdn_ops.kernels.triton``, imported at the first CUDA call. While ``torch.compile`` traces CUDA tensors, the call is
+    replaced by that function's kernels, so that Inductor sees them; ``torch.export`` keeps the operator as one node.
     ``backward`` is ``(backward, setup_context)``. ``autocast`` gives the positions cast to the autocast dtype: gates
     and states stay as they are, which is why torch's own all-tensors rule is not used.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, cpu, "CPU")
+    run, trace = _cuda_rules(triton, cpu)
+    LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"gdn::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.gdn, name).default
+    torch.library.register_torch_dispatch(f"gdn::{name}", FunctionalTensorMode, trace, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"gdn::{name}", backward[0], setup_context=backward[1], lib=LIBRARY)
     if autocast:
@@ -40,6 +49,35 @@ def register(
     if vmap is not None:
         torch.library.register_vmap(f"gdn::{name}", vmap, lib=LIBRARY)
     return op
+
+
+def _cuda_rules(triton: str, plain: Callable) -> tuple[Callable, Callable]:
+    """How CUDA tensors are served when the call runs, and when a compiler traces it."""
+    module, function = triton.split(":")
+
+    def implementation(args) -> Callable:
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in args[:3]):
+            return plain
+        try:
+            return getattr(importlib.import_module(f"gdn_ops.kernels.triton.{module}"), function)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise ModuleNotFoundError("CUDA tensors need triton: pip install triton", name="triton") from error
+
+    def run(*args):
+        with torch.cuda.device(args[0].device):
+            return implementation(args)(*args)
+
+    def trace(mode, op, types, args, kwargs):
+        if mode.export or args[0].device.type != "cuda" or implementation(args) is plain:
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        from gdn_ops.kernels.triton.launch import traced
+
+        with mode, traced():
+            return implementation(args)(*args, **kwargs)
+
+    return run, trace
 
 
 def _autocast_rule(op: torch._ops.OpOverload, device: str, positions: Sequence[int]) -> Callable:

@@ -1,0 +1,410 @@
+"""Everything of a chunk that does not need the state, on the GPU; the first two kernels of forward and backward.
+
+With ``c = cumsum(g)`` inside a chunk of ``C = 64`` tokens and ``D_ij = exp(c_i - c_j)`` for ``i >= j`` (else 0)::
+
+    A = strict_lower(diag(beta) (K K^T) * D)        inverse = (I + A)^-1
+    U = inverse (beta * V)     W = inverse (beta * exp(c) * K)     P = scale * (Q K^T) * D
+
+**invert_kernel**, one warp a (chunk, value head). The chunk is four blocks of 16 tokens: the ten lower blocks of ``A``
+are computed one by one, so that none has to be cut out of a larger tile. The four on the diagonal are inverted by
+forward substitution in fp32, the others by block substitution (``I_20 = -I_22 (A_20 I_00 + A_21 I_10)`` and so on), with
+products of fp32 accuracy: repeated keys make ``A`` anything but small. Also written: ``c`` (fp64: a strong gate must not
+cost the digits of the weak ones after it), ``from_start = exp(c)`` and ``to_end = exp(c_C - c)``.
+
+**wup_kernel**, four warps a (chunk, value head): the three products, tile by tile.
+
+Buffers between kernels are ``[B, HV, T, ...]``, contiguous and indexed by token, so packed sequences need no table of
+their own. Chunks of packed sequences are found by binary search in ``chunk_offsets`` (device-built, ``[N + 1]``); the grid
+is bounded by ``cdiv(T, C) + N - 1`` chunks, and programs past the last chunk return at once: no host synchronisation.
+
+Source of the chunk form: arXiv 2412.06464, section 3.3; of the blockwise inverse: flash-linear-attention's ``solve_tril``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn_ops.kernels.triton.launch import launch
+
+CHUNK = 64
+# Below this a gate is an exact zero in fp64 too; clamping keeps -inf and 1e30 out of the sums.
+_WEAKEST = tl.constexpr(-1.0e5)
+
+
+@triton.jit
+def chunk_of(chunk, T, N, cu_seqlens, chunk_offsets, C: tl.constexpr):
+    """Row of the batch, first token and number of tokens (0: there is no such chunk) of a chunk."""
+    if cu_seqlens is None:
+        NT = tl.cdiv(T, C)
+        b = (chunk // NT).to(tl.int64)
+        begin = (chunk % NT).to(tl.int64) * C
+        length = tl.minimum(T - begin, C)
+    else:
+        low = chunk * 0
+        high = low + N
+        while low + 1 < high:
+            middle = (low + high) // 2
+            after = tl.load(chunk_offsets + middle) <= chunk
+            low = tl.where(after, middle, low)
+            high = tl.where(after, high, middle)
+        b = (chunk * 0).to(tl.int64)
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens + low).to(tl.int64), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + low + 1).to(tl.int64), first), T)
+        begin = first + (chunk - tl.load(chunk_offsets + low)).to(tl.int64) * C
+        length = tl.maximum(tl.minimum(end - begin, C), 0)
+        length = tl.where(chunk < tl.load(chunk_offsets + N), length, 0)
+    return b, begin, length
+
+
+@triton.jit
+def _log_decay(g, rows, length):
+    value = tl.load(g + rows, mask=rows < length, other=0.0).to(tl.float64)
+    return tl.maximum(value, _WEAKEST)
+
+
+@triton.jit
+def _block(kk, beta_i, c_i, c_j):
+    return kk * beta_i[:, None] * tl.exp((c_i[:, None] - c_j[None, :]).to(tl.float32))
+
+
+@triton.jit
+def _diagonal_block(kk, beta, c):
+    rows = tl.arange(0, 16)
+    strict = rows[:, None] > rows[None, :]
+    D = tl.exp(tl.where(strict, c[:, None] - c[None, :], float("-inf")).to(tl.float32))
+    return tl.where(strict, kk * beta[:, None] * D, 0.0)
+
+
+@triton.jit
+def _invert_16(A):
+    """``(I + A)^-1`` of a strictly lower 16 x 16 block, row by row."""
+    rows = tl.arange(0, 16)
+    inverse = -A
+    for i in range(2, 16):
+        row = tl.sum(tl.where((rows == i)[:, None], -A, 0.0), axis=0)
+        row += tl.sum(row[:, None] * inverse, axis=0)
+        inverse = tl.where((rows == i)[:, None], row[None, :], inverse)
+    return inverse + tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
+
+
+@triton.jit
+def _store_16(inverse, block, i: tl.constexpr, j: tl.constexpr, length, C: tl.constexpr):
+    rows = i * 16 + tl.arange(0, 16)
+    columns = j * 16 + tl.arange(0, 16)
+    tl.store(
+        inverse + rows[:, None] * C + columns[None, :], block.to(inverse.dtype.element_ty), mask=(rows < length)[:, None]
+    )
+
+
+@triton.jit
+def _store_decay(c_sum, from_start, to_end, c, total, rows, length):
+    tl.store(c_sum + rows, c, mask=rows < length)
+    tl.store(from_start + rows, tl.exp(c.to(tl.float32)), mask=rows < length)
+    tl.store(to_end + rows, tl.exp((total - c).to(tl.float32)), mask=rows < length)
+
+
+@triton.jit
+def invert_kernel(
+    k,
+    g,
+    beta,
+    c_sum,
+    from_start,
+    to_end,
+    inverse,
+    cu_seqlens,
+    chunk_offsets,
+    T,
+    N,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_g_b,
+    stride_g_t,
+    stride_g_h,
+    stride_beta_b,
+    stride_beta_t,
+    stride_beta_h,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    hv = (program % HV).to(tl.int64)
+    b, begin, length = chunk_of(program // HV, T, N, cu_seqlens, chunk_offsets, C)
+    if length == 0:
+        return
+    k += b * stride_k_b + begin * stride_k_t + hv // (HV // H) * stride_k_h
+    g += b * stride_g_b + begin * stride_g_t + hv * stride_g_h
+    beta += b * stride_beta_b + begin * stride_beta_t + hv * stride_beta_h
+    here = (b * HV + hv) * T + begin
+    c_sum += here
+    from_start += here
+    to_end += here
+    inverse += here * C
+
+    r0 = tl.arange(0, 16)
+    r1 = 16 + r0
+    r2 = 32 + r0
+    r3 = 48 + r0
+    g0 = tl.load(g + r0 * stride_g_t, mask=r0 < length, other=0.0).to(tl.float64)
+    g1 = tl.load(g + r1 * stride_g_t, mask=r1 < length, other=0.0).to(tl.float64)
+    g2 = tl.load(g + r2 * stride_g_t, mask=r2 < length, other=0.0).to(tl.float64)
+    g3 = tl.load(g + r3 * stride_g_t, mask=r3 < length, other=0.0).to(tl.float64)
+    g0 = tl.maximum(g0, _WEAKEST)
+    g1 = tl.maximum(g1, _WEAKEST)
+    g2 = tl.maximum(g2, _WEAKEST)
+    g3 = tl.maximum(g3, _WEAKEST)
+    end0 = tl.sum(g0, axis=0)
+    end1 = end0 + tl.sum(g1, axis=0)
+    end2 = end1 + tl.sum(g2, axis=0)
+    total = end2 + tl.sum(g3, axis=0)
+    c0 = tl.cumsum(g0, axis=0)
+    c1 = tl.cumsum(g1, axis=0) + end0
+    c2 = tl.cumsum(g2, axis=0) + end1
+    c3 = tl.cumsum(g3, axis=0) + end2
+    _store_decay(c_sum, from_start, to_end, c0, total, r0, length)
+    _store_decay(c_sum, from_start, to_end, c1, total, r1, length)
+    _store_decay(c_sum, from_start, to_end, c2, total, r2, length)
+    _store_decay(c_sum, from_start, to_end, c3, total, r3, length)
+    beta0 = tl.load(beta + r0 * stride_beta_t, mask=r0 < length, other=0.0).to(tl.float32)
+    beta1 = tl.load(beta + r1 * stride_beta_t, mask=r1 < length, other=0.0).to(tl.float32)
+    beta2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32)
+    beta3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32)
+
+    kk00 = tl.zeros([16, 16], dtype=tl.float32)
+    kk10 = tl.zeros([16, 16], dtype=tl.float32)
+    kk11 = tl.zeros([16, 16], dtype=tl.float32)
+    kk20 = tl.zeros([16, 16], dtype=tl.float32)
+    kk21 = tl.zeros([16, 16], dtype=tl.float32)
+    kk22 = tl.zeros([16, 16], dtype=tl.float32)
+    kk30 = tl.zeros([16, 16], dtype=tl.float32)
+    kk31 = tl.zeros([16, 16], dtype=tl.float32)
+    kk32 = tl.zeros([16, 16], dtype=tl.float32)
+    kk33 = tl.zeros([16, 16], dtype=tl.float32)
+    for start in range(0, K, BK):
+        columns = start + tl.arange(0, BK)
+        inside = (columns < K)[None, :]
+        k0 = tl.load(k + r0[:, None] * stride_k_t + columns[None, :], mask=(r0 < length)[:, None] & inside, other=0.0)
+        k1 = tl.load(k + r1[:, None] * stride_k_t + columns[None, :], mask=(r1 < length)[:, None] & inside, other=0.0)
+        k2 = tl.load(k + r2[:, None] * stride_k_t + columns[None, :], mask=(r2 < length)[:, None] & inside, other=0.0)
+        k3 = tl.load(k + r3[:, None] * stride_k_t + columns[None, :], mask=(r3 < length)[:, None] & inside, other=0.0)
+        t0 = tl.trans(k0)
+        t1 = tl.trans(k1)
+        t2 = tl.trans(k2)
+        kk00 = tl.dot(k0, t0, kk00, input_precision=PRECISION)
+        kk10 = tl.dot(k1, t0, kk10, input_precision=PRECISION)
+        kk20 = tl.dot(k2, t0, kk20, input_precision=PRECISION)
+        kk30 = tl.dot(k3, t0, kk30, input_precision=PRECISION)
+        kk11 = tl.dot(k1, t1, kk11, input_precision=PRECISION)
+        kk21 = tl.dot(k2, t1, kk21, input_precision=PRECISION)
+        kk31 = tl.dot(k3, t1, kk31, input_precision=PRECISION)
+        kk22 = tl.dot(k2, t2, kk22, input_precision=PRECISION)
+        kk32 = tl.dot(k3, t2, kk32, input_precision=PRECISION)
+        kk33 = tl.dot(k3, tl.trans(k3), kk33, input_precision=PRECISION)
+
+    i00 = _invert_16(_diagonal_block(kk00, beta0, c0))
+    i11 = _invert_16(_diagonal_block(kk11, beta1, c1))
+    i22 = _invert_16(_diagonal_block(kk22, beta2, c2))
+    i33 = _invert_16(_diagonal_block(kk33, beta3, c3))
+    a10 = _block(kk10, beta1, c1, c0)
+    a20 = _block(kk20, beta2, c2, c0)
+    a21 = _block(kk21, beta2, c2, c1)
+    a30 = _block(kk30, beta3, c3, c0)
+    a31 = _block(kk31, beta3, c3, c1)
+    a32 = _block(kk32, beta3, c3, c2)
+    i10 = -tl.dot(i11, tl.dot(a10, i00, input_precision=PRECISION), input_precision=PRECISION)
+    i21 = -tl.dot(i22, tl.dot(a21, i11, input_precision=PRECISION), input_precision=PRECISION)
+    i32 = -tl.dot(i33, tl.dot(a32, i22, input_precision=PRECISION), input_precision=PRECISION)
+    x = tl.dot(a20, i00, input_precision=PRECISION)
+    x = tl.dot(a21, i10, x, input_precision=PRECISION)
+    i20 = -tl.dot(i22, x, input_precision=PRECISION)
+    x = tl.dot(a31, i11, input_precision=PRECISION)
+    x = tl.dot(a32, i21, x, input_precision=PRECISION)
+    i31 = -tl.dot(i33, x, input_precision=PRECISION)
+    x = tl.dot(a30, i00, input_precision=PRECISION)
+    x = tl.dot(a31, i10, x, input_precision=PRECISION)
+    x = tl.dot(a32, i20, x, input_precision=PRECISION)
+    i30 = -tl.dot(i33, x, input_precision=PRECISION)
+
+    zero = tl.zeros([16, 16], dtype=tl.float32)
+    _store_16(inverse, i00, 0, 0, length, C)
+    _store_16(inverse, zero, 0, 1, length, C)
+    _store_16(inverse, zero, 0, 2, length, C)
+    _store_16(inverse, zero, 0, 3, length, C)
+    _store_16(inverse, i10, 1, 0, length, C)
+    _store_16(inverse, i11, 1, 1, length, C)
+    _store_16(inverse, zero, 1, 2, length, C)
+    _store_16(inverse, zero, 1, 3, length, C)
+    _store_16(inverse, i20, 2, 0, length, C)
+    _store_16(inverse, i21, 2, 1, length, C)
+    _store_16(inverse, i22, 2, 2, length, C)
+    _store_16(inverse, zero, 2, 3, length, C)
+    _store_16(inverse, i30, 3, 0, length, C)
+    _store_16(inverse, i31, 3, 1, length, C)
+    _store_16(inverse, i32, 3, 2, length, C)
+    _store_16(inverse, i33, 3, 3, length, C)
+
+
+@triton.jit
+def wup_kernel(
+    q,
+    k,
+    v,
+    beta,
+    c_sum,
+    inverse,
+    W,
+    U,
+    P,
+    cu_seqlens,
+    chunk_offsets,
+    scale,
+    T,
+    N,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_beta_b,
+    stride_beta_t,
+    stride_beta_h,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    hv = (program % HV).to(tl.int64)
+    b, begin, length = chunk_of(program // HV, T, N, cu_seqlens, chunk_offsets, C)
+    if length == 0:
+        return
+    h = hv // (HV // H)
+    q += b * stride_q_b + begin * stride_q_t + h * stride_q_h
+    k += b * stride_k_b + begin * stride_k_t + h * stride_k_h
+    v += b * stride_v_b + begin * stride_v_t + hv * stride_v_h
+    beta += b * stride_beta_b + begin * stride_beta_t + hv * stride_beta_h
+    here = (b * HV + hv) * T + begin
+    rows = tl.arange(0, C)
+    real = rows < length
+    c = tl.load(c_sum + here + rows, mask=real, other=0.0)
+    beta_c = tl.load(beta + rows * stride_beta_t, mask=real, other=0.0).to(tl.float32)
+    inverse_cc = tl.load(inverse + here * C + rows[:, None] * C + rows[None, :], mask=real[:, None], other=0.0)
+
+    for start in range(0, V, BV):
+        columns = start + tl.arange(0, BV)
+        mask = real[:, None] & (columns < V)[None, :]
+        v_cv = tl.load(v + rows[:, None] * stride_v_t + columns[None, :], mask=mask, other=0.0)
+        v_cv = (v_cv.to(tl.float32) * beta_c[:, None]).to(U.dtype.element_ty)
+        u_cv = tl.dot(inverse_cc, v_cv, input_precision=PRECISION)
+        tl.store(U + here * V + rows[:, None] * V + columns[None, :], u_cv.to(U.dtype.element_ty), mask=mask)
+
+    qk = tl.zeros([C, C], dtype=tl.float32)
+    factor = beta_c * tl.exp(c.to(tl.float32))
+    for start in range(0, K, BK):
+        columns = start + tl.arange(0, BK)
+        mask = real[:, None] & (columns < K)[None, :]
+        q_ck = tl.load(q + rows[:, None] * stride_q_t + columns[None, :], mask=mask, other=0.0)
+        k_ck = tl.load(k + rows[:, None] * stride_k_t + columns[None, :], mask=mask, other=0.0)
+        qk = tl.dot(q_ck, tl.trans(k_ck), qk, input_precision=PRECISION)
+        k_ck = (k_ck.to(tl.float32) * factor[:, None]).to(W.dtype.element_ty)
+        w_ck = tl.dot(inverse_cc, k_ck, input_precision=PRECISION)
+        tl.store(W + here * K + rows[:, None] * K + columns[None, :], w_ck.to(W.dtype.element_ty), mask=mask)
+    lower = (rows[:, None] >= rows[None, :]) & real[:, None]
+    D = tl.exp(tl.where(lower, c[:, None] - c[None, :], float("-inf")).to(tl.float32))
+    p_cc = tl.where(lower, qk * D * scale, 0.0)
+    tl.store(P + here * C + rows[:, None] * C + rows[None, :], p_cc.to(P.dtype.element_ty), mask=real[:, None])
+
+
+class IntraChunk(NamedTuple):
+    """``[B, HV, T, ...]`` buffers of one call, and how its chunks are numbered."""
+
+    c_sum: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    inverse: Tensor
+    W: Tensor
+    U: Tensor
+    P: Tensor
+    cu_seqlens: Tensor | None
+    chunk_offsets: Tensor | None
+    chunks: int
+    sequences: int
+
+
+def precision_of(x: Tensor) -> str:
+    """How fp32 operands are multiplied: exactly for fp32 inputs, three TF32 products for the inverse of others."""
+    return "ieee" if x.dtype == torch.float32 or torch.version.hip else "tf32x3"
+
+
+def shared_memory_of(x: Tensor) -> int:
+    """Bytes of shared memory that a block may have on x's device (an H200's for tensors without storage)."""
+    if x.device.type != "cuda":
+        return 232448
+    properties = torch.cuda.get_device_properties(x.device)
+    return properties.shared_memory_per_block_optin
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Kernels take any strides but want neighbouring features side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def intra_chunk(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None, scale: float
+) -> IntraChunk:
+    """Runs the two kernels; ``q, k, v`` have ``stride(-1) == 1``."""
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    if cu_seqlens is None:
+        N, chunk_offsets = B, None
+        chunks = B * triton.cdiv(T, CHUNK)
+    else:
+        N = cu_seqlens.shape[0] - 1
+        cu_seqlens = cu_seqlens.contiguous()
+        counts = (cu_seqlens.diff() + CHUNK - 1) // CHUNK
+        chunk_offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        chunks = triton.cdiv(T, CHUNK) + N - 1
+
+    def buffer(*shape, dtype=q.dtype):
+        return torch.empty((B, HV, T, *shape), dtype=dtype, device=q.device)
+
+    x = IntraChunk(
+        buffer(dtype=torch.float64), buffer(dtype=torch.float32), buffer(dtype=torch.float32), buffer(CHUNK),
+        buffer(K), buffer(V), buffer(CHUNK), cu_seqlens, chunk_offsets, chunks, N,
+    )  # fmt: skip
+    precision = precision_of(q)
+    strides = {"stride_k_b": k.stride(0), "stride_k_t": k.stride(1), "stride_k_h": k.stride(2)}
+    strides |= {"stride_beta_b": beta.stride(0), "stride_beta_t": beta.stride(1), "stride_beta_h": beta.stride(2)}
+    shape = {"T": T, "N": N, "H": H, "HV": HV, "K": K, "C": CHUNK, "PRECISION": precision}
+    shape |= {"cu_seqlens": cu_seqlens, "chunk_offsets": chunk_offsets}
+    launch(invert_kernel)[(chunks * HV,)](
+        k=k, g=g, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end, inverse=x.inverse,
+        stride_g_b=g.stride(0), stride_g_t=g.stride(1), stride_g_h=g.stride(2),
+        BK=max(16, min(64, triton.next_power_of_2(K))), num_warps=1, num_stages=2, **shape, **strides,
+    )  # fmt: skip
+    launch(wup_kernel)[(chunks * HV,)](
+        q=q, k=k, v=v, beta=beta, c_sum=x.c_sum, inverse=x.inverse, W=x.W, U=x.U, P=x.P, scale=scale,
+        stride_q_b=q.stride(0), stride_q_t=q.stride(1), stride_q_h=q.stride(2),
+        stride_v_b=v.stride(0), stride_v_t=v.stride(1), stride_v_h=v.stride(2),
+        V=V, BK=max(16, min(64, triton.next_power_of_2(K))), BV=max(16, min(64, triton.next_power_of_2(V))),
+        num_warps=4, num_stages=2, **shape, **strides,
+    )  # fmt: skip
+    return x
