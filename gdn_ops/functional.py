@@ -19,11 +19,12 @@ def _prepare(q, k, v, g, beta, l2norm, gate, A_log, dt_bias, beta_sigmoid, allow
             raise ValueError("use_gate_in_kernel: expected g (the raw gate) and A_log, got None")
         HV = v.shape[2]
         validation.state(A_log, "A_log", (HV,), q, "q")
-        g = g.float()
+        wide = state_dtype(q)
+        g = g.to(wide)
         if dt_bias is not None:
             validation.state(dt_bias, "dt_bias", (HV,), q, "q")
-            g = g + dt_bias.float()
-        g = -A_log.float().exp() * F.softplus(g)
+            g = g + dt_bias.to(wide)
+        g = -A_log.to(wide).exp() * F.softplus(g)
     elif A_log is not None or dt_bias is not None:
         raise ValueError("A_log, dt_bias: expected None unless use_gate_in_kernel=True, got a tensor")
     if g is None:
@@ -43,12 +44,17 @@ def _l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def _state_shape(q, v, state_v_first):
+    """Of one sequence's state, as the caller lays it out."""
+    K, V = q.shape[3], v.shape[3]
+    return (v.shape[2], V, K) if state_v_first else (v.shape[2], K, V)
+
+
 def _run(op, q, k, v, g, beta, scale, initial_state, output_final_state, state_v_first, cu_seqlens):
     if initial_state is not None:
-        if state_v_first:
-            initial_state = initial_state.mT
         N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        validation.state(initial_state, "initial_state", (N, v.shape[2], q.shape[3], v.shape[3]), q, "q")
+        validation.state(initial_state, "initial_state", (N, *_state_shape(q, v, state_v_first)), q, "q")
+        initial_state = initial_state.mT if state_v_first else initial_state
         initial_state = initial_state.to(state_dtype(q))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     o, final_state = op(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state)
@@ -130,7 +136,19 @@ def recurrent_gated_delta_rule(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same rule token by token, for decode and short sequences. Arguments as :func:`chunk_gated_delta_rule`."""
+    """The same rule token by token, for decode and short sequences; differentiable.
+
+    Arguments, shapes, results and errors as :func:`chunk_gated_delta_rule` (which see for what it raises).
+
+    Example::
+
+        >>> q, k = torch.nn.functional.normalize(torch.randn(2, 1, 1, 2, 64), dim=-1)
+        >>> v, g, beta = torch.randn(1, 1, 4, 64), -torch.rand(1, 1, 4), torch.rand(1, 1, 4)
+        >>> state = torch.zeros(1, 4, 64, 64)
+        >>> o, state = recurrent_gated_delta_rule(q, k, v, g, beta, initial_state=state, output_final_state=True)
+        >>> o.shape, state.shape
+        (torch.Size([1, 1, 4, 64]), torch.Size([1, 4, 64, 64]))
+    """
     q, k, g, beta = _prepare(
         q, k, v, g, beta, use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, cu_seqlens,
@@ -163,21 +181,30 @@ def recurrent_gated_delta_rule_(
     """Reads and writes the states in place in a pool ``state [P, HV, K, V]``; returns ``o``. Not differentiable.
 
     ``state_indices [N]`` (int32 or int64) is the slot of each sequence, default ``0..N-1``. ``-1`` is padding: no
-    state is touched and the output is zero. Any other value outside ``[0, P)`` raises ``IndexError``. A slot named
-    twice in one call ends up with one of its results; which one is not defined. Other arguments as
-    :func:`chunk_gated_delta_rule`.
+    state is touched and the output is zero. Any other value outside ``[0, P)`` raises ``IndexError`` on CPU and is
+    treated as padding on CUDA, where checking would stall the stream. A slot named twice in one call ends up with one
+    of its results; which one is not defined. Other arguments as :func:`chunk_gated_delta_rule`.
+
+    Example::
+
+        >>> q, k = torch.nn.functional.normalize(torch.randn(2, 2, 1, 2, 64), dim=-1)
+        >>> v, g, beta = torch.randn(2, 1, 4, 64), -torch.rand(2, 1, 4), torch.rand(2, 1, 4)
+        >>> pool, slots = torch.zeros(8, 4, 64, 64), torch.tensor([5, -1], dtype=torch.int32)
+        >>> o = recurrent_gated_delta_rule_(q, k, v, g, beta, pool, slots)
+        >>> pool.any(-1).any(-1).any(-1).nonzero().flatten(), bool(o[1].any())
+        (tensor([5]), False)
     """
     q, k, g, beta = _prepare(
         q, k, v, g, beta, use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, cu_seqlens,
     )  # fmt: skip
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = state.mT if state_v_first else state
-    validation.state(state, "state", (state.shape[0], v.shape[2], q.shape[3], v.shape[3]), q, "q")
+    validation.pool(state, "state", _state_shape(q, v, state_v_first), q, "q")
     if state_indices is not None:
         validation.state_indices(state_indices, N, q, "q")
     elif state.shape[0] < N:
         raise ValueError(f"state: expected at least {N} slots without state_indices, got {state.shape[0]}")
+    state = state.mT if state_v_first else state
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return torch.ops.gdn.recurrent_gated_delta_rule_(q, k, v, g, beta, state, state_indices, cu_seqlens, scale)
 
@@ -223,12 +250,20 @@ def causal_conv1d_update_(
 ) -> Tensor:
     """Decode form: ``x [B, D]`` or ``[B, T, D]``; ``state [P, D, W - 1]`` is read and advanced in place.
 
-    Index rules as in :func:`recurrent_gated_delta_rule_`. Not differentiable.
+    Index rules and errors as in :func:`recurrent_gated_delta_rule_`; other arguments and what it raises as in
+    :func:`causal_conv1d`. Not differentiable.
+
+    Example::
+
+        >>> state = torch.zeros(1, 8, 3)
+        >>> y = causal_conv1d_update_(torch.ones(1, 8), state, torch.randn(8, 4), activation="silu")
+        >>> y.shape, state[0, 0]
+        (torch.Size([1, 8]), tensor([0., 0., 1.]))
     """
-    single = x.dim() == 2
+    single = isinstance(x, Tensor) and x.dim() == 2
     x = x[:, None] if single else x
     validation.causal_conv1d(x, weight, bias, activation, None)
-    validation.state(state, "state", (state.shape[0], weight.shape[0], weight.shape[1] - 1), x, "x")
+    validation.pool(state, "state", (weight.shape[0], weight.shape[1] - 1), x, "x")
     if state_indices is not None:
         validation.state_indices(state_indices, x.shape[0], x, "x")
     elif state.shape[0] < x.shape[0]:

@@ -56,7 +56,7 @@ def gated_delta_rule(q, k, v, g, beta, cu_seqlens) -> None:
     _expect(HV >= 1 and HV % H == 0, "v", f"a number of heads divisible by q's {H}", HV)
     _expect(V >= 1, "v", "at least one feature", tuple(v.shape))
     for x, name in ((g, "g"), (beta, "beta")):
-        if x is not None:
+        if x is not None or name == "beta":
             _tensor(x, name, 3)
             _shape(x, name, (B, T, HV))
             _device(x, name, q, "q")
@@ -69,6 +69,12 @@ def state(x: Tensor, name: str, shape: tuple, like: Tensor, like_name: str) -> N
     _tensor(x, name, len(shape))
     _shape(x, name, shape)
     _device(x, name, like, like_name)
+
+
+def pool(x: Tensor, name: str, slot: tuple, like: Tensor, like_name: str) -> None:
+    """Any number of states of shape ``slot``, on the inputs' device."""
+    _tensor(x, name, len(slot) + 1)
+    state(x, name, (x.shape[0], *slot), like, like_name)
 
 
 def state_indices(x: Tensor, N, like: Tensor, like_name: str) -> None:

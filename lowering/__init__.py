@@ -1,0 +1,1 @@
+"""Floor 5: what one operator becomes in one target."""

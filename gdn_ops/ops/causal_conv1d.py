@@ -79,5 +79,5 @@ causal_conv1d_update_ = register(
     autocast=(0, 1, 2),
     flops=_flops,
 )
-for _op in (causal_conv1d, causal_conv1d_backward):
+for _op in (causal_conv1d, causal_conv1d_backward, causal_conv1d_update_):
     torch.library.register_vmap(_op._schema.name, vmap_by_loop(_op))

@@ -103,5 +103,10 @@ recurrent_gated_delta_rule_ = register(
     autocast=(0, 1, 2),
     flops=_forward_flops,
 )
-for _op in (chunk_gated_delta_rule, chunk_gated_delta_rule_backward, recurrent_gated_delta_rule):
+for _op in (
+    chunk_gated_delta_rule,
+    chunk_gated_delta_rule_backward,
+    recurrent_gated_delta_rule,
+    recurrent_gated_delta_rule_,
+):
     torch.library.register_vmap(_op._schema.name, vmap_by_loop(_op))

@@ -6,8 +6,10 @@ import importlib
 from collections.abc import Callable, Sequence
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.utils.flop_counter import register_flop_formula
+
+from gdn_ops.ops.flops import register_flops
 
 LIBRARY = torch.library.Library("gdn", "DEF")
 
@@ -26,9 +28,10 @@ def register(
     """Defines ``gdn::<schema>`` and returns its overload.
 
     ``cpu`` is plain torch and serves fp64 on CUDA as well. ``triton`` is ``"module:function"`` in
-    ``gdn_ops.kernels.triton``, imported at the first CUDA call. While ``torch.compile`` traces CUDA tensors, the call is
-    replaced by that function's kernels, so that Inductor sees them; ``torch.export`` keeps the operator as one node.
-    ``backward`` is ``(backward, setup_context)``. ``autocast`` gives the positions cast to the autocast dtype: gates
+    ``gdn_ops.kernels.triton``, imported at the first CUDA call. While ``torch.compile`` traces CUDA tensors, the call
+    is replaced by that function's kernels, so that Inductor sees them; ``torch.export`` keeps the operator as one node.
+    ``backward`` is ``(backward, setup_context)``; without it, a backward pass through the operator raises
+    ``NotImplementedError``. ``autocast`` gives the positions cast to the autocast dtype: gates
     and states stay as they are, which is why torch's own all-tensors rule is not used.
     """
     name = schema.split("(")[0]
@@ -39,13 +42,12 @@ def register(
     torch.library.register_fake(f"gdn::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.gdn, name).default
     torch.library.register_torch_dispatch(f"gdn::{name}", FunctionalTensorMode, trace, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(f"gdn::{name}", backward[0], setup_context=backward[1], lib=LIBRARY)
+    LIBRARY.impl(name, _autograd_rule(op, *(backward or (None, None))), "Autograd", with_keyset=True)
     if autocast:
         for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             LIBRARY.impl(name, _autocast_rule(op, device, autocast), key)
     if flops is not None:
-        register_flop_formula(getattr(torch.ops.gdn, name))(flops)
+        register_flops(getattr(torch.ops.gdn, name), flops)
     if vmap is not None:
         torch.library.register_vmap(f"gdn::{name}", vmap, lib=LIBRARY)
     return op
@@ -80,6 +82,40 @@ def _cuda_rules(triton: str, plain: Callable) -> tuple[Callable, Callable]:
     return run, trace
 
 
+def _autograd_rule(op: torch._ops.OpOverload, backward: Callable | None, setup_context: Callable | None) -> Callable:
+    """An autograd rule that, unlike ``torch.library.register_autograd``'s, works under ``torch.func`` transforms too.
+
+    The dispatcher has already separated the levels of transforms when it comes here, so the function is applied at this
+    one level; ``Function.apply`` itself would start over from the outermost.
+    """
+
+    class Rule(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            if ctx is not None and setup_context is not None:
+                setup_context(ctx, args, result)
+            return result
+
+        @staticmethod
+        def backward(ctx, *grads):
+            if backward is None:
+                raise NotImplementedError(
+                    f"{op.name()} has no gradient: gdn_ops.reference is differentiable to any order"
+                )
+            return (None, *backward(ctx, *grads))
+
+    def rule(keyset, *args):
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+            with enable_single_level_autograd_function():
+                return super(torch.autograd.Function, Rule).apply(keyset, *args)
+        return Rule.forward(None, keyset, *args)
+
+    Rule.__name__ = Rule.__qualname__ = f"{op._opname}_autograd"
+    return rule
+
+
 def _autocast_rule(op: torch._ops.OpOverload, device: str, positions: Sequence[int]) -> Callable:
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 
@@ -97,8 +133,16 @@ def _autocast_rule(op: torch._ops.OpOverload, device: str, positions: Sequence[i
 
 def vmap_by_loop(op: torch._ops.OpOverload) -> Callable:
     """A vmap rule for any of the operators: one call a slice, results stacked on dim 0."""
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def rule(info, in_dims, *args):
+        for i in written:
+            if in_dims[i] is None:
+                name = op._schema.arguments[i].name
+                raise ValueError(
+                    f"{name}: expected a batch dimension, because vmap would write it once a slice; got None"
+                )
+
         def pick(i):
             return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims)]
 

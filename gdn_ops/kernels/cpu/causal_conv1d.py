@@ -16,6 +16,11 @@ def _window(x: Tensor, W: int, initial_state: Tensor | None) -> Tensor:
     return torch.cat([before, x], dim=1).to(_compute_dtype(x))
 
 
+def _copy(view: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and in memory of its own: a result that shares a larger buffer would keep all of it alive."""
+    return view.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 def _pre_activation(window: Tensor, T: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight = weight.to(window.dtype)
     y = window[:, :T] * weight[:, 0]
@@ -30,7 +35,7 @@ def _forward_dense(x, weight, bias, initial_state, silu) -> tuple[Tensor, Tensor
     y = _pre_activation(window, T, weight, bias)
     if silu:
         y = torch.nn.functional.silu(y)
-    return y.to(x.dtype), window[:, T:].transpose(1, 2).to(x.dtype)
+    return y.to(x.dtype), _copy(window[:, T:].transpose(1, 2), x.dtype)
 
 
 def forward(x, weight, bias, initial_state, cu_seqlens, silu, output_final_state) -> tuple[Tensor, Tensor]:
@@ -47,7 +52,7 @@ def forward(x, weight, bias, initial_state, cu_seqlens, silu, output_final_state
 
 
 def _backward_dense(dy, dfinal_state, x, weight, bias, initial_state, silu) -> tuple[Tensor, ...]:
-    (_, T, _), W = x.shape, weight.shape[1]
+    T, W = x.shape[1], weight.shape[1]
     window = _window(x, W, initial_state)
     dy = dy.to(window.dtype)
     if silu:
@@ -68,22 +73,20 @@ def backward(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu)
         dx, dweight, dbias, dstate = _backward_dense(dy, dfinal_state, x, weight, bias, initial_state, silu)
     else:
         dtype = _compute_dtype(x)
-        dx, dstate = torch.empty_like(x, dtype=dtype), x.new_empty(0, x.shape[2], weight.shape[1] - 1, dtype=dtype)
-        dweight, dbias, dstates = (
-            weight.new_zeros(weight.shape, dtype=dtype),
-            weight.new_zeros(len(weight), dtype=dtype),
-            [],
-        )
+        dx = torch.empty(x.shape, dtype=dtype, device=x.device)
+        dstates = [x.new_empty(0, x.shape[2], weight.shape[1] - 1, dtype=dtype)]
+        dweight = weight.new_zeros(weight.shape, dtype=dtype)
+        dbias = weight.new_zeros(len(weight), dtype=dtype)
         for n, tokens in _sequences(cu_seqlens):
             dx[:, tokens], dw, db, ds = _backward_dense(
                 dy[:, tokens], _one(dfinal_state, n), x[:, tokens], weight, bias, _one(initial_state, n), silu
             )
             dweight, dbias = dweight + dw, dbias + db
             dstates.append(ds)
-        dstate = torch.cat([dstate, *dstates])
+        dstate = torch.cat(dstates)
     dbias = dbias.to(bias.dtype) if bias is not None else dbias.new_empty(0, dtype=weight.dtype)
     dstate = dstate if initial_state is not None else dstate[:0]
-    return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype), dbias, dstate.to(x.dtype).contiguous()
+    return _copy(dx, x.dtype), dweight.to(weight.dtype), dbias, _copy(dstate, x.dtype)
 
 
 def update_(x, weight, bias, state, state_indices, silu) -> Tensor:

@@ -1,13 +1,13 @@
 """The chunkwise gated delta rule on the GPU, backward. Nothing is saved by the forward but its inputs.
 
 1. ``intra_chunk`` again, then the forward scan, this time writing the state ``S`` before each chunk and ``V'``.
-2. **reverse_scan_kernel**, one program a (sequence, value head, tile of value columns), last chunk first, carries ``dS``,
-   the gradient of the state after the chunk, and writes it and ``dV'``::
+2. **reverse_scan_kernel**, one program a (sequence, value head, tile of value columns), last chunk first, carries
+   ``dS``, the gradient of the state after the chunk, and writes it and ``X``::
 
-       dV' = P^T dO + exp(c_C - c) * (K dS)
-       dS <- exp(c_C) dS + (scale * exp(c) * Q)^T dO - W^T dV'
+       dV' = P^T dO + exp(c_C - c) * (K dS)        X = inverse^T dV'
+       dS <- exp(c_C) dS + (scale * exp(c) * Q)^T dO - K^T (beta * exp(c) * X)         (the last term is W^T dV')
 
-3. **gradient_kernel**, one program a (chunk, value head). With ``X = inverse^T dV'`` the rest is short::
+3. **gradient_kernel**, one program a (chunk, value head). With ``X`` the rest is short::
 
        dV = beta * X                       Y = -X S^T
        dP = lower(dO V'^T)                 dA = -strict_lower(X V'^T)
@@ -46,6 +46,7 @@ from gdn_ops.kernels.triton.intra_chunk import (
     precision_of,
     rows_contiguous,
     shared_memory_of,
+    warps,
 )
 from gdn_ops.kernels.triton.launch import launch
 
@@ -54,14 +55,15 @@ from gdn_ops.kernels.triton.launch import launch
 def reverse_scan_kernel(
     q,
     k,
-    W,
+    beta,
+    inverse,
     P,
     from_start,
     to_end,
     do,
     dfinal_state,
     dstates,
-    dwritten,
+    X,
     dinitial_state,
     cu_seqlens,
     chunk_offsets,
@@ -77,6 +79,9 @@ def reverse_scan_kernel(
     stride_do_b,
     stride_do_t,
     stride_do_h,
+    stride_beta_b,
+    stride_beta_t,
+    stride_beta_h,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -107,11 +112,12 @@ def reverse_scan_kernel(
     k += b * stride_k_b + token * stride_k_t + h * stride_k_h
     do += b * stride_do_b + token * stride_do_t + hv * stride_do_h
     here = (b * HV + hv) * T + token
-    W += here * K
+    beta += b * stride_beta_b + token * stride_beta_t + hv * stride_beta_h
+    inverse += here * C
     P += here * C
     from_start += here
     to_end += here
-    dwritten += here * V
+    X += here * V
     dstates += ((first_chunk + chunks - 1) * HV + hv) * K * V
 
     if dfinal_state is None:
@@ -126,28 +132,31 @@ def reverse_scan_kernel(
         do_cv = tl.load(do + rows[:, None].to(tl.int64) * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
         p_cc = tl.load(P + rows[:, None] * C + rows[None, :], mask=real[:, None], other=0.0)
         k_ck = tl.load(k + rows[:, None].to(tl.int64) * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
-        w_ck = tl.load(W + rows[:, None] * K + in_k[None, :], mask=mask_ck, other=0.0)
+        inverse_cc = tl.load(inverse + rows[:, None] * C + rows[None, :], mask=real[:, None], other=0.0)
         q_ck = tl.load(q + rows[:, None].to(tl.int64) * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
-        grown_c = tl.load(from_start + rows, mask=real, other=0.0) * scale
+        grown_c = tl.load(from_start + rows, mask=real, other=0.0)
+        beta_c = tl.load(beta + rows.to(tl.int64) * stride_beta_t, mask=real, other=0.0).to(tl.float32)
         decay_c = tl.load(to_end + rows, mask=real, other=0.0)
         whole = tl.load(from_start + left - 1)
         dS_low = dS_kv.to(k_ck.dtype)
         tl.store(dstates + state_offsets, dS_low, mask=mask_kv)
         dnew_cv = tl.dot(k_ck, dS_low, input_precision=PRECISION) * decay_c[:, None]
         dnew_cv = tl.dot(tl.trans(p_cc), do_cv, dnew_cv, input_precision=PRECISION)
-        dnew_low = dnew_cv.to(w_ck.dtype)
-        tl.store(dwritten + rows[:, None] * V + in_v[None, :], dnew_low, mask=mask_cv)
-        grown_cv = (do_cv.to(tl.float32) * grown_c[:, None]).to(q_ck.dtype)
+        x_cv = tl.dot(tl.trans(inverse_cc), dnew_cv.to(inverse_cc.dtype), input_precision=PRECISION)
+        tl.store(X + rows[:, None] * V + in_v[None, :], x_cv.to(X.dtype.element_ty), mask=mask_cv)
+        grown_cv = (do_cv.to(tl.float32) * (grown_c * scale)[:, None]).to(q_ck.dtype)
         dS_kv = tl.dot(tl.trans(q_ck), grown_cv, dS_kv * whole, input_precision=PRECISION)
-        dS_kv = dS_kv - tl.dot(tl.trans(w_ck), dnew_low, input_precision=PRECISION)
+        taken_cv = (x_cv * (-grown_c * beta_c)[:, None]).to(k_ck.dtype)
+        dS_kv = tl.dot(tl.trans(k_ck), taken_cv, dS_kv, input_precision=PRECISION)
         q -= C * stride_q_t
         k -= C * stride_k_t
         do -= C * stride_do_t
-        W -= C * K
+        beta -= C * stride_beta_t
+        inverse -= C * C
         P -= C * C
         from_start -= C
         to_end -= C
-        dwritten -= C * V
+        X -= C * V
         dstates -= HV * K * V
     if dinitial_state is not None:
         tl.store(dinitial_state + (n * HV + hv) * K * V + state_offsets, dS_kv, mask=mask_kv)
@@ -163,9 +172,8 @@ def gradient_kernel(
     c_sum,
     from_start,
     to_end,
-    inverse,
     written,
-    dwritten,
+    X,
     states,
     dstates,
     dq,
@@ -217,7 +225,7 @@ def gradient_kernel(
     here = (b * HV + hv) * T + begin
     there = (b * T + begin) * HV + hv
     written += here * V
-    dwritten += here * V
+    X += here * V
     states += (chunk.to(tl.int64) * HV + hv) * K * V
     dstates += (chunk.to(tl.int64) * HV + hv) * K * V
     dq += there * K
@@ -233,8 +241,6 @@ def gradient_kernel(
     whole = tl.load(from_start + here + length - 1)
     beta_c = tl.load(beta + rows * stride_beta_t, mask=real, other=0.0).to(tl.float32)
     low = q.dtype.element_ty
-    # inverse^T, masked where it was never written
-    inverse_t = tl.load(inverse + here * C + rows[None, :] * C + rows[:, None], mask=real[None, :], other=0.0)
 
     dp_cc = tl.zeros([C, C], dtype=tl.float32)
     da_cc = tl.zeros([C, C], dtype=tl.float32)
@@ -242,17 +248,17 @@ def gradient_kernel(
     for start in range(0, V, BV):
         in_v = start + tl.arange(0, BV)
         mask = real[:, None] & (in_v < V)[None, :]
-        dnew_cv = tl.load(dwritten + rows[:, None] * V + in_v[None, :], mask=mask, other=0.0)
+        x_cv = tl.load(X + rows[:, None] * V + in_v[None, :], mask=mask, other=0.0)
         new_cv = tl.load(written + rows[:, None] * V + in_v[None, :], mask=mask, other=0.0)
         do_cv = tl.load(do + rows_t[:, None] * stride_do_t + in_v[None, :], mask=mask, other=0.0)
         v_cv = tl.load(v + rows_t[:, None] * stride_v_t + in_v[None, :], mask=mask, other=0.0)
-        x_cv = tl.dot(inverse_t, dnew_cv, input_precision=PRECISION)
-        dv_cv = x_cv * beta_c[:, None]
+        x_wide = x_cv.to(tl.float32)
+        dv_cv = x_wide * beta_c[:, None]
         tl.store(dv + rows_t[:, None] * (HV * V) + in_v[None, :], dv_cv.to(dv.dtype.element_ty), mask=mask)
-        dbeta_c += tl.sum(x_cv * v_cv.to(tl.float32), axis=1)
+        dbeta_c += tl.sum(x_wide * v_cv.to(tl.float32), axis=1)
         new_vc = tl.trans(new_cv)
         dp_cc = tl.dot(do_cv, new_vc, dp_cc, input_precision=PRECISION)
-        da_cc = tl.dot(x_cv.to(low), new_vc, da_cc, input_precision=PRECISION)
+        da_cc = tl.dot(x_cv, new_vc, da_cc, input_precision=PRECISION)
 
     qk_cc = tl.zeros([C, C], dtype=tl.float32)
     kk_cc = tl.zeros([C, C], dtype=tl.float32)
@@ -292,14 +298,13 @@ def gradient_kernel(
             mask_v = in_v < V
             mask_cv = real[:, None] & mask_v[None, :]
             mask_vk = mask_v[:, None] & mask_k[None, :]
-            dnew_cv = tl.load(dwritten + rows[:, None] * V + in_v[None, :], mask=mask_cv, other=0.0)
+            x_cv = tl.load(X + rows[:, None] * V + in_v[None, :], mask=mask_cv, other=0.0)
             new_cv = tl.load(written + rows[:, None] * V + in_v[None, :], mask=mask_cv, other=0.0)
             do_cv = tl.load(do + rows_t[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
             s_vk = tl.load(states + in_k[None, :] * V + in_v[:, None], mask=mask_vk, other=0.0)
             ds_vk = tl.load(dstates + in_k[None, :] * V + in_v[:, None], mask=mask_vk, other=0.0)
-            x_cv = tl.dot(inverse_t, dnew_cv, input_precision=PRECISION)
             dq_ck = tl.dot(do_cv, s_vk, dq_ck, input_precision=PRECISION)
-            y_ck = tl.dot(x_cv.to(low), s_vk, y_ck, input_precision=PRECISION)
+            y_ck = tl.dot(x_cv, s_vk, y_ck, input_precision=PRECISION)
             dend_ck = tl.dot(new_cv, ds_vk, dend_ck, input_precision=PRECISION)
             to_all += tl.sum(tl.sum(s_vk.to(tl.float32) * ds_vk.to(tl.float32), axis=1), axis=0)
         q_ck = tl.load(q + rows_t[:, None] * stride_q_t + in_k[None, :], mask=mask, other=0.0)
@@ -330,31 +335,32 @@ def gradient_kernel(
 
 
 def reverse_scan(
-    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, scale: float,
-    dfinal_state: Tensor | None, dstates: Tensor, dwritten: Tensor, dinitial_state: Tensor | None,
+    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, beta: Tensor, scale: float,
+    dfinal_state: Tensor | None, dstates: Tensor, X: Tensor, dinitial_state: Tensor | None,
 ) -> None:  # fmt: skip
     T, H, K = q.shape[1:]
     HV, V = do.shape[2:]
-    configuration = scan_configuration(q, K, V, x.sequences * HV if isinstance(x.sequences, int) else None)
+    configuration = scan_configuration(q, T, K, V, x.sequences * HV if isinstance(x.sequences, int) else None)
     launch(reverse_scan_kernel)[(x.sequences * HV * triton.cdiv(V, configuration["BV"]),)](
-        q=q, k=k, W=x.W, P=x.P, from_start=x.from_start, to_end=x.to_end, do=do, dfinal_state=dfinal_state,
-        dstates=dstates, dwritten=dwritten, dinitial_state=dinitial_state, cu_seqlens=x.cu_seqlens,
+        q=q, k=k, beta=beta, inverse=x.inverse, P=x.P, from_start=x.from_start, to_end=x.to_end, do=do,
+        dfinal_state=dfinal_state, dstates=dstates, X=X, dinitial_state=dinitial_state, cu_seqlens=x.cu_seqlens,
         chunk_offsets=x.chunk_offsets, scale=scale, T=T, N=x.sequences,
         stride_q_b=q.stride(0), stride_q_t=q.stride(1), stride_q_h=q.stride(2),
         stride_k_b=k.stride(0), stride_k_t=k.stride(1), stride_k_h=k.stride(2),
         stride_do_b=do.stride(0), stride_do_t=do.stride(1), stride_do_h=do.stride(2),
+        stride_beta_b=beta.stride(0), stride_beta_t=beta.stride(1), stride_beta_h=beta.stride(2),
         H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
     )  # fmt: skip
 
 
-def gradient_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
+def gradient_configuration(x: Tensor, T: int, K: int, V: int) -> dict[str, int]:
     """Tiles of the per-chunk kernel: 64 x 64, smaller where fp32 operands or a small chip leave no room."""
     width = 64 if x.element_size() == 2 else 32
     if shared_memory_of(x) < 120_000:
         width //= 2
     BK = max(16, min(width, triton.next_power_of_2(K)))
     BV = max(16, min(width, triton.next_power_of_2(V)))
-    return {"BK": BK, "BV": BV, "num_warps": 8 if x.element_size() == 4 else 4, "num_stages": 2}
+    return {"BK": BK, "BV": BV, "num_warps": 8 if x.element_size() == 4 else warps(x, T, K, V), "num_stages": 2}
 
 
 def chunk_backward(
@@ -374,7 +380,8 @@ def chunk_backward(
     if N == 0 or T == 0:
         if initial_state is not None:
             dinitial_state.zero_() if dfinal_state is None else dinitial_state.copy_(dfinal_state)
-        return torch.zeros(q.shape, dtype=q.dtype, device=device), torch.zeros(k.shape, dtype=k.dtype, device=device), dv.zero_(), dg.zero_(), dbeta.zero_(), dinitial_state
+        dq, dk = (torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k))
+        return dq, dk, dv.zero_(), dg.zero_(), dbeta.zero_(), dinitial_state
     q, k, v, do = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), rows_contiguous(do)
     initial_state = None if initial_state is None else initial_state.contiguous()
     dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
@@ -382,20 +389,18 @@ def chunk_backward(
     states = torch.empty((x.chunks, HV, K, V), dtype=q.dtype, device=device)
     written = torch.empty_like(x.U)
     scan(x, q, k, v, scale, initial_state=initial_state, states=states, written=written)
-    dstates, dwritten = torch.empty_like(states), x.U
-    reverse_scan(
-        x, do, q, k, scale, dfinal_state, dstates, dwritten, None if initial_state is None else dinitial_state
-    )
+    dstates, X = torch.empty_like(states), x.U
+    reverse_scan(x, do, q, k, beta, scale, dfinal_state, dstates, X, None if initial_state is None else dinitial_state)
     launch(gradient_kernel)[(x.chunks * HV,)](
-        q=q, k=k, v=v, do=do, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end, inverse=x.inverse,
-        written=written, dwritten=dwritten, states=states, dstates=dstates, dq=dq, dk=dk, dv=dv, dg=dg, dbeta=dbeta,
+        q=q, k=k, v=v, do=do, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end,
+        written=written, X=X, states=states, dstates=dstates, dq=dq, dk=dk, dv=dv, dg=dg, dbeta=dbeta,
         cu_seqlens=x.cu_seqlens, chunk_offsets=x.chunk_offsets, scale=scale, T=T, N=x.sequences,
         stride_q_b=q.stride(0), stride_q_t=q.stride(1), stride_q_h=q.stride(2),
         stride_k_b=k.stride(0), stride_k_t=k.stride(1), stride_k_h=k.stride(2),
         stride_v_b=v.stride(0), stride_v_t=v.stride(1), stride_v_h=v.stride(2),
         stride_do_b=do.stride(0), stride_do_t=do.stride(1), stride_do_h=do.stride(2),
         stride_beta_b=beta.stride(0), stride_beta_t=beta.stride(1), stride_beta_h=beta.stride(2),
-        H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **gradient_configuration(q, K, V),
+        H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **gradient_configuration(q, T, K, V),
     )  # fmt: skip
     if HV != H:
         dq, dk = (d.unflatten(2, (H, HV // H)).sum(3) for d in (dq, dk))

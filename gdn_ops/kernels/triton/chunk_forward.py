@@ -6,8 +6,8 @@ tile of the state in fp32 registers from chunk to chunk (the columns of the stat
     V' = U - W S          O = (scale * exp(c) * Q) S + P V'          S <- exp(c_C) S + K^T (exp(c_C - c) * V')
 
 Four products a chunk, of which only ``W S -> V' -> K^T V'`` is a chain; the loads of the next chunks are in flight
-meanwhile. The backward runs the same scan with ``states`` and ``written`` (the state before each chunk, and V') in place
-of ``o``.
+meanwhile. The backward runs the same scan with ``states`` and ``written`` (the state before each chunk, and V') in
+place of ``o``.
 
 Same inputs, same bits: no atomics, and a program's order of work depends on its own sequence only.
 """
@@ -24,9 +24,11 @@ from gdn_ops.kernels.triton.intra_chunk import (
     CHUNK,
     IntraChunk,
     intra_chunk,
+    multiprocessors_of,
     precision_of,
     rows_contiguous,
     shared_memory_of,
+    warps,
 )
 from gdn_ops.kernels.triton.launch import launch
 
@@ -81,7 +83,7 @@ def scan_kernel(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``o`` None: not computed (then ``states`` and ``written`` are); ``initial_state``, ``final_state`` may be None."""
+    """``o`` None: not computed (but ``states`` and ``written``); ``initial_state`` and ``final_state`` may be None."""
     NV: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
     hv = (program // NV % HV).to(tl.int64)
@@ -121,19 +123,23 @@ def scan_kernel(
         mask_cv = real[:, None] & mask_v[None, :]
         last = tl.minimum(length - start, C) - 1
         w_ck = tl.load(W + rows[:, None] * K + in_k[None, :], mask=mask_ck, other=0.0)
-        u_cv = tl.load(U + rows[:, None] * V + in_v[None, :], mask=mask_cv, other=0.0)
         k_ck = tl.load(k + rows[:, None].to(tl.int64) * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
         decay_c = tl.load(to_end + rows, mask=real, other=0.0)
         whole = tl.load(from_start + last)
         S_low = S_kv.to(w_ck.dtype)
-        new_cv = u_cv.to(tl.float32) - tl.dot(w_ck, S_low, input_precision=PRECISION)
+        stored_cv = tl.dot(w_ck, S_low, input_precision=PRECISION)
+        # After the product: Triton 3.6 drops the barrier between the operands' proxy fence and a wgmma when a layout
+        # change (which has a barrier of its own) stands between them, and the product reads stale shared memory.
+        u_cv = tl.load(U + rows[:, None] * V + in_v[None, :], mask=mask_cv, other=0.0)
+        new_cv = u_cv.to(tl.float32) - stored_cv
         if o is not None:
             q_ck = tl.load(q + rows[:, None].to(tl.int64) * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
             p_cc = tl.load(P + rows[:, None] * C + rows[None, :], mask=real[:, None], other=0.0)
             grown_c = tl.load(from_start + rows, mask=real, other=0.0) * scale
             o_cv = tl.dot(q_ck, S_low, input_precision=PRECISION) * grown_c[:, None]
             o_cv = tl.dot(p_cc, new_cv.to(p_cc.dtype), o_cv, input_precision=PRECISION)
-            tl.store(o + rows[:, None].to(tl.int64) * (HV * V) + in_v[None, :], o_cv.to(o.dtype.element_ty), mask=mask_cv)
+            o_offsets = rows[:, None].to(tl.int64) * (HV * V) + in_v[None, :]
+            tl.store(o + o_offsets, o_cv.to(o.dtype.element_ty), mask=mask_cv)
             o += C * HV * V
         else:
             tl.store(states + state_offsets, S_low, mask=mask_kv)
@@ -162,20 +168,22 @@ def scan_kernel(
                     tl.store(o + token[:, None].to(tl.int64) * (HV * V) + in_v[None, :], zeros, mask=mask)
 
 
-def scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> dict[str, int]:
+def scan_configuration(x: Tensor, T: int, K: int, V: int, heads: int | None) -> dict[str, int]:
     """Tile and launch parameters of a scan over ``x``'s dtype on its device; ``heads`` is None when it is symbolic.
 
     Measured on an H200 (``K = V = 128``, bf16): ``BV=32``, four warps, three stages while every program has a
-    multiprocessor of its own; with more than that, wider tiles read W, Q, K and P fewer times.
+    multiprocessor of its own; with more than that, ``BV=64`` reads W, Q, K and P fewer times. With one stage, products
+    of 16-bit operands are *wrong* there (see :func:`warps`), so wide keys get narrow tiles that leave room for two.
     """
+    size = x.element_size()
     BK = max(16, triton.next_power_of_2(K))
-    width = 32 if x.element_size() == 2 else 16
-    if x.element_size() == 2 and BK <= 128 and heads is not None and heads * triton.cdiv(V, 64) >= 132:
-        width = 64
-    BV = max(16, min(width, triton.next_power_of_2(V)))
-    stage = CHUNK * (3 * BK + CHUNK + 2 * BV) * x.element_size()
-    stages = max(1, min(3, (shared_memory_of(x) - BK * BV * x.element_size()) // stage))
-    return {"BK": BK, "BV": BV, "num_warps": 4 if BK <= 128 else 8, "num_stages": stages}
+    BV = 32 if size == 2 and BK <= 128 else 16
+    if BV == 32 and heads is not None and heads * triton.cdiv(V, 32) > multiprocessors_of(x):
+        BV = 64
+    BV = max(16, min(BV, triton.next_power_of_2(V)))
+    stage = CHUNK * (3 * BK + CHUNK + BV) * size
+    stages = max(1, min(3, (shared_memory_of(x) - BK * BV * size) // stage))
+    return {"BK": BK, "BV": BV, "num_warps": warps(x, T, K, V), "num_stages": stages}
 
 
 def scan(
@@ -186,7 +194,7 @@ def scan(
     """Launches :func:`scan_kernel` on contiguous outputs and states."""
     T, H, K = q.shape[1:]
     HV, V = v.shape[2:]
-    configuration = scan_configuration(q, K, V, x.sequences * HV if isinstance(x.sequences, int) else None)
+    configuration = scan_configuration(q, T, K, V, x.sequences * HV if isinstance(x.sequences, int) else None)
     launch(scan_kernel)[(x.sequences * HV * triton.cdiv(V, configuration["BV"]),)](
         q=q, k=k, W=x.W, U=x.U, P=x.P, from_start=x.from_start, to_end=x.to_end, o=o,
         initial_state=initial_state, final_state=final_state, states=states, written=written,
@@ -202,7 +210,7 @@ def chunk_forward(
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``o [B, T, HV, V]`` in v's dtype and ``final_state [N, HV, K, V]`` in fp32 (no rows unless asked for)."""
-    B, T, H, K = q.shape
+    B, T, _, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device)

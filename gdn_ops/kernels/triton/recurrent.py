@@ -184,7 +184,9 @@ def recurrent_forward_kernel(
         S_kv = tl.zeros([BK, BV], dtype=tl.float32)
     else:
         initial_state += n * stride_initial_n + hv * stride_initial_h
-        offsets_s = offsets_k.to(tl.int64)[:, None] * stride_initial_k + offsets_v.to(tl.int64)[None, :] * stride_initial_v
+        offsets_s = (
+            offsets_k.to(tl.int64)[:, None] * stride_initial_k + offsets_v.to(tl.int64)[None, :] * stride_initial_v
+        )
         S_kv = tl.load(initial_state + offsets_s, mask=mask_kv, other=0.0).to(tl.float32)
     o += (b * T * HV + hv) * V
     S_kv = _run_tokens(
@@ -346,6 +348,8 @@ def recurrent_forward(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device)
     final_state = torch.empty((N if output_final_state else 0, HV, K, V), dtype=torch.float32, device=v.device)
+    if N == 0:
+        return o.zero_(), final_state
     BK, BV, num_warps = _tile(K, V, torch.float32)
     strides = (0, 0, 0, 0) if initial_state is None else initial_state.stride()
     launch(recurrent_forward_kernel)[(N * HV * triton.cdiv(V, BV),)](
@@ -414,6 +418,8 @@ def recurrent_update_(
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device)
+    if N == 0:
+        return o.zero_()
     BK, BV, num_warps = _tile(K, V, state.dtype)
     launch(recurrent_update_kernel)[(N * HV * triton.cdiv(V, BV),)](
         q=q,
@@ -460,3 +466,26 @@ def recurrent_update_(
         num_warps=num_warps,
     )
     return o
+
+
+def ahead_of_time_cases() -> list[CompileCase]:
+    cases = []
+    for name, dtype, state_dtype, H, HV, K, V, packed in (
+        ("decode bf16", torch.bfloat16, torch.float32, 16, 32, 128, 128, False),
+        ("wide fp32 packed", torch.float32, torch.bfloat16, 2, 2, 256, 512, True),
+        ("odd fp16 packed", torch.float16, torch.float32, 1, 3, 100, 72, True),
+    ):
+
+        def empty(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        N, B, T = 3, 1 if packed else 3, 9 if packed else 1
+        q, v = empty(B, T, H, K), empty(B, T, HV, V)
+        gates = empty(B, T, HV, dtype=torch.float32)
+        state = empty(N, HV, K, V, dtype=torch.float32)
+        pool = empty(N, HV, K, V, dtype=state_dtype)
+        cu_seqlens, indices = empty(N + 1, dtype=torch.int32) if packed else None, empty(N, dtype=torch.int32)
+        inputs = (q, q, v, gates, gates)
+        cases += cases_of_call(f"recurrent {name}", recurrent_forward, *inputs, state, cu_seqlens, 0.1, True)
+        cases += cases_of_call(f"recurrent {name}", recurrent_update_, *inputs, pool, indices, cu_seqlens, 0.1)
+    return cases

@@ -1,0 +1,166 @@
+"""What an export says about itself: ``manifest.json``.
+
+Shapes are lists of integers and of expressions in the names listed under ``dynamic``. Tensors are contiguous.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from gdn_ops.export.program import Plan, flatten_state, is_language_model, path_name
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+import gdn_ops
+
+FORMAT, FORMAT_VERSION = "gdn_ops.aoti", 1
+
+
+def operators(program: ExportedProgram) -> list[str]:
+    """Names of the operators that the program calls, subgraphs included, sorted."""
+    names = set()
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            targets = (node.target for node in module.graph.nodes if node.op == "call_function")
+            names |= {target.name() for target in targets if isinstance(target, torch._ops.OpOverload)}
+    return sorted(names)
+
+
+def user_tensors(program: ExportedProgram) -> list[torch.Tensor]:
+    """The program's inputs as traced (fake tensors with symbolic shapes), in order."""
+    names = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT}
+    nodes = (node for node in program.graph.nodes if node.op == "placeholder" and node.name in names)
+    return [node.meta["val"] for node in nodes if torch.is_tensor(node.meta.get("val"))]
+
+
+def _walk(spec: Any, value: Any) -> list[Any]:
+    """The ``dynamic_shapes`` entry of each tensor of ``value``, in pytree order; None where there is none."""
+    if torch.is_tensor(value):
+        return [spec]
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    )
+    found = []
+    for key, child in children:
+        inner = None
+        if isinstance(spec, dict):
+            inner = spec.get(key)
+        elif isinstance(spec, (list, tuple)) and isinstance(key, int) and key < len(spec):
+            inner = spec[key]
+        found += _walk(inner, child)
+    return found
+
+
+def dimension_names(item: Plan, program: ExportedProgram) -> dict[sympy.Symbol, str]:
+    """A name for each symbol of the input shapes: the ``Dim``'s own, else ``d0``, ``d1``, ..."""
+    spec, values = item.dynamic_shapes, item.args
+    if item.kwargs:
+        values = {**item.kwargs}
+    elif isinstance(spec, dict):
+        values = dict(zip([name.split(".")[0] for name in dict.fromkeys(item.inputs)], item.args))
+    names: dict[sympy.Symbol, str] = {}
+    for tensor, dims in zip(user_tensors(program), _walk(spec, values)):
+        for axis, size in enumerate(tensor.shape):
+            expression = size.node.expr if isinstance(size, torch.SymInt) else None
+            if not isinstance(expression, sympy.Symbol) or expression in names:
+                continue
+            dim = dims.get(axis) if isinstance(dims, dict) else dims[axis] if isinstance(dims, (list, tuple)) else None
+            named = isinstance(dim, type) or hasattr(dim, "__name__")
+            names[expression] = dim.__name__ if named else f"d{len(names)}"
+    return names
+
+
+def _tensor(name: str, tensor: torch.Tensor, names: dict[sympy.Symbol, str], role: str) -> dict[str, Any]:
+    shape = []
+    for size in tensor.shape:
+        expression = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+        expression = expression.subs({symbol: sympy.Symbol(new) for symbol, new in names.items()})
+        shape.append(int(expression) if expression.is_Integer else str(expression))
+    return {"name": name, "role": role, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
+
+
+def _output_names(program: ExportedProgram, item: Plan) -> list[str]:
+    count = program.call_spec.out_spec.num_leaves
+    if item.states:
+        return ["logits", *item.states]
+    tree = pytree.tree_unflatten(list(range(count)), program.call_spec.out_spec)
+    return [path_name(path) or "output" for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def describe_program(item: Plan, program: ExportedProgram) -> dict[str, Any]:
+    """Inputs, outputs, dynamic ranges, states and operators of one program."""
+    names = dimension_names(item, program)
+    ranges = {}
+    for symbol, name in names.items():
+        bounds = program.range_constraints[symbol]
+        upper = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**62 else None
+        ranges[name] = {"min": int(bounds.lower), "max": upper}
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    results = [getattr(node, "meta", {}).get("val", node) for node in output.args[0]]
+    results = results[len(results) - program.call_spec.out_spec.num_leaves :]
+
+    def role(name: str) -> str:
+        return "state" if name in item.states else "tensor"
+
+    return {
+        "operators": operators(program),
+        "dynamic": ranges,
+        "inputs": [_tensor(n, t, names, role(n)) for n, t in zip(item.inputs, user_tensors(program))],
+        "outputs": [
+            _tensor(n, t, names, role(n)) for n, t in zip(_output_names(program, item), results) if torch.is_tensor(t)
+        ],
+        "states": {name: name for name in item.states},
+    }
+
+
+def _initial_state(model: torch.nn.Module) -> dict[str, float]:
+    """The constant each state starts from."""
+    fills = {}
+    for name, tensor in flatten_state(model.init_state(1)).items():
+        values = tensor.unique()
+        if values.numel() > 1:
+            raise ValueError(f"init_state: expected {name} to start from one constant, got {values.numel()} values")
+        fills[name] = values.item() if values.numel() else 0
+    return fills
+
+
+def describe(
+    model: torch.nn.Module, device: torch.device, dtype: torch.dtype, programs: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest; ``programs`` are entries of :func:`describe_program` with ``file``, ``size`` and ``sha256``."""
+    machine: dict[str, Any] = {"architecture": platform.machine()}
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        machine |= {"device": torch.cuda.get_device_name(device), "capability": list(capability)}
+    else:
+        machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    language_model = is_language_model(model)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "target": "aoti",
+        "model": type(model).__name__,
+        "config": model.config.to_dict() if language_model else None,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "machine": machine,
+        "versions": {"gdn_ops": gdn_ops.__version__, "torch": torch.__version__},
+        "layout": "contiguous",
+        "initial_state": _initial_state(model) if language_model else {},
+        "programs": programs,
+    }
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,212 @@
+"""The functions under ``torch.compile``: one graph, any T without recompiling, right numbers, visible kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+
+import gdn_ops
+from tests.oracle import (
+    DEVICES,
+    TOLERANCE,
+    assert_all_close,
+    assert_close,
+    cotangents,
+    expected,
+    leaves,
+    make_conv_inputs,
+    make_inputs,
+    run_with_gradients,
+)
+
+FUNCTIONS = [gdn_ops.chunk_gated_delta_rule, gdn_ops.recurrent_gated_delta_rule]
+TOKENS = ("q", "k", "v", "g", "beta")
+LENGTHS = (5, 64, 65, 130)
+on_devices = pytest.mark.parametrize("device", DEVICES)
+both_forms = pytest.mark.parametrize("function", FUNCTIONS, ids=["chunk", "recurrent"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def mark_length(inputs, dim=1):
+    for name in (*TOKENS, "x"):
+        if inputs.get(name) is not None:
+            torch._dynamo.mark_dynamic(inputs[name], dim)
+    return inputs
+
+
+@both_forms
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_one_graph_for_every_length(function, packed):
+    """Forward and backward at many T: one compilation, no graph break, the numbers of the specification."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for i, T in enumerate(LENGTHS):
+        bounds = [0, 2, 2, T] if packed else None
+        x = make_inputs(1 if packed else 2, T, 2, 4, 16, 24, initial_state=True, cu_seqlens=bounds)
+        do, ds = cotangents(x)
+        y = mark_length(leaves(x))
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            o, state = compiled(**y, output_final_state=True, use_qk_l2norm_in_kernel=True)
+        names = [n for n in y if y[n] is not None and n != "cu_seqlens"]
+        grads = torch.autograd.grad([o, state], [y[n] for n in names], [do, ds])
+        got = {"o": o, "final_state": state, **{"d" + n: grad for n, grad in zip(names, grads)}}
+        want = run_with_gradients(function, x, do, ds, use_qk_l2norm_in_kernel=True)
+        assert_all_close(got, want, torch.float32)
+    assert counter.frame_count == 1
+
+
+def test_the_convolution_is_one_graph_for_every_length():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(gdn_ops.causal_conv1d, backend=counter, fullgraph=True)
+    for i, T in enumerate(LENGTHS):
+        x = make_conv_inputs(2, T, 6, 4, initial_state=True)
+        y = mark_length({n: t.clone() if t is not None else t for n, t in x.items()})
+        x["weight"], y["weight"] = x["weight"].requires_grad_(), y["weight"].requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            got, got_state = compiled(**y, activation="silu", output_final_state=True)
+        want, want_state = gdn_ops.causal_conv1d(**x, activation="silu", output_final_state=True)
+        (got.square().sum() + got_state.sum()).backward(), (want.square().sum() + want_state.sum()).backward()
+        assert_close(got, want, 1e-6, "y")
+        assert_close(got_state, want_state, 1e-6, "state")
+        assert_close(y["weight"].grad, x["weight"].grad, 1e-6, "dweight")
+    assert counter.frame_count == 1
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inductor_trains(device, dtype):
+    """The default backend: a layer-like function, forward and backward, at two lengths."""
+
+    def layer(q, k, v, g, beta, weight):
+        q, _ = gdn_ops.causal_conv1d(q.flatten(2), weight, activation="silu")
+        o, _ = gdn_ops.chunk_gated_delta_rule(
+            q.unflatten(2, k.shape[2:]), k, v, g, beta, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True
+        )
+        return o * o.sigmoid()
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    weight = torch.randn(32, 4, device=device, dtype=dtype)
+    for T in (70, 130):
+        x = make_inputs(2, T, 2, 4, 16, 24, dtype, device)
+        tensors = [x[n].requires_grad_() for n in TOKENS]
+        want, got = layer(*tensors, weight), compiled(*tensors, weight)
+        assert_close(got, want, 2 * TOLERANCE[dtype].values, "o")
+        do = torch.randn_like(want)
+        pairs = zip(torch.autograd.grad(got, tensors, do), torch.autograd.grad(want, tensors, do))
+        for n, (g, w) in zip(TOKENS, pairs):
+            assert_close(g, w, 2 * (TOLERANCE[dtype].gates if n in ("g", "beta") else TOLERANCE[dtype].grads), "d" + n)
+
+
+@on_devices
+def test_decode_in_place(device):
+    """The in-place operators are functionalised and written back: the pool advances as in eager."""
+
+    def step(q, k, v, g, beta, pool, conv_pool, weight, slots):
+        x = gdn_ops.causal_conv1d_update_(v.flatten(2), conv_pool, weight, None, "silu", slots)
+        return gdn_ops.recurrent_gated_delta_rule_(q, k, x.view_as(v), g, beta, pool, slots)
+
+    compiled = torch.compile(step, fullgraph=True)
+    x = make_inputs(3, 1, 2, 4, 16, 8, device=device)
+    pools = [torch.randn(5, 4, 16, 8, device=device), torch.randn(5, 32, 3, device=device)]
+    eager_pools = [p.clone() for p in pools]
+    weight = torch.randn(32, 4, device=device)
+    slots = torch.tensor([4, -1, 2], dtype=torch.int32, device=device)
+    for _ in range(3):
+        got = compiled(*(x[n] for n in TOKENS), *pools, weight, slots)
+        want = step(*(x[n] for n in TOKENS), *eager_pools, weight, slots)
+        assert_close(got, want, 1e-5, "o")
+    for got, want in zip(pools, eager_pools):
+        assert_close(got, want, 1e-5, "pool")
+
+
+@on_devices
+def test_activation_checkpointing_with_the_save_list(device):
+    """Selective checkpointing under the compiler: the operator runs once forward, and gradients stay right."""
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    x = make_inputs(1, 70, 1, 2, 16, 24, device=device)
+    do, _ = cotangents(x)
+
+    def contexts():
+        return create_selective_checkpoint_contexts(gdn_ops.ops.save_list())
+
+    def block(q, k, v, g, beta):
+        return gdn_ops.chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0]
+
+    def checkpointed(*tensors):
+        return checkpoint(block, *tensors, use_reentrant=False, context_fn=contexts)
+
+    tensors = [x[n].requires_grad_() for n in TOKENS]
+    compiled = torch.compile(checkpointed, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(*tensors), tensors, do)
+    want = torch.autograd.grad(block(*tensors), tensors, do)
+    for n, g, w in zip(TOKENS, got, want):
+        assert_close(g, w, 5e-5, "d" + n)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["chunk", "recurrent"])
+def test_export_keeps_one_node_an_operator(function):
+    """Non-strict export with dynamic T; the program runs at other lengths."""
+    x = make_inputs(2, 70, 2, 4, 16, 24, initial_state=True)
+
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v, g, beta, initial_state):
+            return function(q, k, v, g, beta, initial_state=initial_state, output_final_state=True)
+
+    names = [*TOKENS, "initial_state"]
+    T = torch.export.Dim("T", min=2)
+    shapes = tuple({1: T} if n in TOKENS else None for n in names)
+    with torch.no_grad():
+        program = torch.export.export(Module(), tuple(x[n] for n in names), dynamic_shapes=shapes)
+    targets = [node.target for node in program.graph.nodes if str(node.target).startswith("gdn.")]
+    assert targets == [getattr(torch.ops.gdn, function.__name__).default]
+    for length in (2, 64, 131):
+        y = make_inputs(2, length, 2, 4, 16, 24, initial_state=True, seed=4)
+        o, state = program.module()(*(y[n] for n in names))
+        want = expected(y)
+        assert_close(o, want["o"], 1e-5, "o")
+        assert_close(state, want["final_state"], 1e-5, "final_state")
+
+
+@pytest.mark.gpu
+def test_inductor_sees_the_triton_kernels():
+    """On CUDA no call to an operator is left in the generated code, forward or backward."""
+    x = make_inputs(1, 130, 2, 4, 64, 64, torch.bfloat16, "cuda")
+    conv = make_conv_inputs(1, 130, 128, 4, torch.bfloat16, "cuda")
+    q, weight = x["q"].requires_grad_(), conv["weight"].requires_grad_()
+
+    def run():
+        compiled = torch.compile(
+            lambda q, weight: gdn_ops.chunk_gated_delta_rule(
+                gdn_ops.causal_conv1d(q.flatten(2), weight, activation="silu")[0].view_as(q), *rest
+            )[0],
+            fullgraph=True,
+        )
+        compiled(q, weight).float().square().sum().backward()
+
+    rest = [x[n] for n in TOKENS[1:]]
+    _, codes = run_and_get_code(run)
+    code = "\n".join(codes)
+    assert "torch.ops.gdn" not in code and "gdn::" not in code
+    for module in ("chunk_forward", "chunk_backward", "causal_conv1d"):
+        assert f"gdn_ops/kernels/triton/{module}.py" in code, module
+
+
+@pytest.mark.gpu
+def test_cuda_graphs():
+    """``mode="reduce-overhead"`` records and replays: other inputs give other, right results, varlen too."""
+    compiled = torch.compile(gdn_ops.chunk_gated_delta_rule, mode="reduce-overhead", fullgraph=True)
+    for seed, bounds in enumerate(([0, 3, 130], [0, 64, 130], [0, 0, 130], [0, 129, 130])):
+        x = make_inputs(1, 130, 2, 4, 64, 64, torch.bfloat16, "cuda", seed=seed, cu_seqlens=bounds)
+        o, state = compiled(**x, output_final_state=True)
+        want = expected(x)
+        assert_close(o, want["o"], TOLERANCE[torch.bfloat16].values, "o")
+        assert_close(state, want["final_state"], TOLERANCE[torch.bfloat16].values, "final_state")

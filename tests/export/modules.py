@@ -1,0 +1,77 @@
+"""Modules as a user would write them on the public functions; what the export tests export."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import gdn_ops
+
+HEADS, WIDTH = 2, 16
+
+
+class Mixer(nn.Module):
+    """Short convolution, gated delta rule with a state, a projection."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        channels = 3 * HEADS * WIDTH
+        self.weight = nn.Parameter((torch.randn(channels, 4, generator=generator) * 0.5).to(dtype))
+        self.bias = nn.Parameter((torch.randn(channels, generator=generator) * 0.1).to(dtype))
+        self.out = nn.Parameter((torch.randn(HEADS * WIDTH, 8, generator=generator) * 0.2).to(dtype))
+
+    def forward(self, x: Tensor, gates: dict[str, Tensor], state: Tensor) -> dict[str, Tensor]:
+        x, conv = gdn_ops.causal_conv1d(x, self.weight, self.bias, activation="silu", output_final_state=True)
+        q, k, v = (y.unflatten(-1, (HEADS, WIDTH)) for y in x.chunk(3, -1))
+        o, state = gdn_ops.chunk_gated_delta_rule(
+            q, k, v, gates["g"], gates["beta"], initial_state=state, output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+        return {"y": o.flatten(-2) @ self.out, "state": state, "conv": conv}
+
+
+def mixer_inputs(B: int, T: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> tuple:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, T, 3 * HEADS * WIDTH, generator=generator).to(device, dtype)
+    g, beta = -torch.rand(B, T, HEADS, generator=generator), torch.rand(B, T, HEADS, generator=generator)
+    state = torch.randn(B, HEADS, WIDTH, WIDTH, generator=generator)
+    return x, {"g": g.to(device), "beta": beta.to(device)}, state.to(device)
+
+
+def mixer_shapes() -> tuple:
+    batch, length = Dim("batch", min=1), Dim("length", min=1)
+    return {0: batch, 1: length}, {"g": {0: batch, 1: length}, "beta": {0: batch, 1: length}}, {0: batch}
+
+
+class Packed(nn.Module):
+    """The recurrent form over packed sequences, in any number."""
+
+    def forward(self, qkv: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = qkv.unbind(2)
+        return gdn_ops.recurrent_gated_delta_rule(
+            q, k, v, g, beta, output_final_state=True, use_qk_l2norm_in_kernel=True, cu_seqlens=cu_seqlens
+        )
+
+
+def packed_inputs(bounds: list[int], seed: int = 0) -> dict[str, Tensor]:
+    generator, T = torch.Generator().manual_seed(seed), bounds[-1]
+    return {
+        "qkv": torch.randn(1, T, 3, HEADS, WIDTH, generator=generator),
+        "g": -torch.rand(1, T, HEADS, generator=generator),
+        "beta": torch.rand(1, T, HEADS, generator=generator),
+        "cu_seqlens": torch.tensor(bounds),
+    }
+
+
+def packed_shapes() -> dict[str, dict]:
+    length, count = Dim("length", min=1), Dim("bounds", min=2)
+    return {"qkv": {1: length}, "g": {1: length}, "beta": {1: length}, "cu_seqlens": {0: count}}
+
+
+class InPlace(nn.Module):
+    """Writes a pool of states: it has no C++ kernel."""
+
+    def forward(self, q: Tensor, g: Tensor, state: Tensor) -> Tensor:
+        return gdn_ops.recurrent_gated_delta_rule_(q, q, q, g, g.exp(), state)

@@ -1,0 +1,122 @@
+"""``export_program``: named programs, explicit states, other sizes than those traced."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from gdn_ops.export import export_program
+from gdn_ops.export.manifest import operators
+from gdn_ops.export.parity import compare
+from gdn_ops.export.program import flatten_state, nest_state
+
+from tests.export import modules
+
+
+def reload(program):
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    return torch.export.load(buffer)
+
+
+def test_user_module_round_trip_at_other_sizes():
+    model = modules.Mixer()
+    (program,) = export_program(model, modules.mixer_inputs(3, 70), modules.mixer_shapes()).values()
+    program = reload(program)
+    assert [n for n in operators(program) if n.startswith("gdn::")] == [
+        "gdn::causal_conv1d",
+        "gdn::chunk_gated_delta_rule",
+    ]
+    run = program.module()
+    for B, T in ((1, 1), (2, 63), (1, 64), (4, 65), (2, 200)):
+        inputs = modules.mixer_inputs(B, T, seed=T)
+        with torch.no_grad():
+            errors = compare(run(*inputs), model(*inputs), ["y", "state", "conv"])
+        assert max(errors.values()) < 1e-6, errors
+
+
+def test_packed_sequences_in_any_number():
+    model = modules.Packed()
+    program = export_program(model, modules.packed_inputs([0, 9, 9, 40]), modules.packed_shapes())["forward"]
+    for bounds in ([0, 5], [0, 1, 2, 3, 3, 80]):
+        inputs = modules.packed_inputs(bounds, seed=1)
+        errors = compare(program.module()(**inputs), model(**inputs), ["o", "state"])
+        assert max(errors.values()) < 1e-6, errors
+
+
+def test_modes_are_restored():
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(4, 4).eval()).train()
+    model[1].eval()
+    program = export_program(model, (torch.ones(2, 4),))["forward"]
+    assert model.training and model[0].training and not model[1].training
+    assert torch.equal(program.module()(torch.ones(2, 4)), model[1](torch.ones(2, 4)))
+
+
+def test_bad_arguments_are_named():
+    model = modules.Packed()
+    with pytest.raises(ValueError, match=r"example_inputs: expected a tuple.*Packed, got None"):
+        export_program(model)
+    with pytest.raises(ValueError, match=r"example_inputs: do not fit Packed\.forward"):
+        export_program(model, (torch.ones(1),))
+    with pytest.raises(TypeError, match="example_inputs: expected a tuple or a dict, got Tensor"):
+        export_program(model, torch.ones(1))
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got function"):
+        export_program(lambda x: x, (torch.ones(1),))
+    with pytest.raises(ValueError, match="model: expected parameters and inputs on one device"):
+        export_program(torch.nn.Linear(1, 1), (torch.ones(1, device="meta"),))
+
+
+def test_state_names():
+    state = {"layers": {"0": {"conv": torch.ones(1)}, "1": {"key": torch.ones(2)}}, "position": torch.ones(3)}
+    flat = flatten_state(state)
+    assert list(flat) == ["layers.0.conv", "layers.1.key", "position"]
+    assert nest_state(flat) == state
+
+
+def hybrid():
+    from gdn_ops.models import HybridConfig, HybridLM
+
+    torch.manual_seed(0)
+    return HybridLM(HybridConfig.preset("tiny"))
+
+
+@pytest.fixture(scope="module")
+def hybrid_programs():
+    model = hybrid()
+    return model, {name: reload(program) for name, program in export_program(model).items()}
+
+
+@torch.no_grad()
+def test_hybrid_programs_at_other_sizes(hybrid_programs):
+    model, programs = hybrid_programs
+    assert list(programs) == ["prefill", "step"]
+    prefill, step = (programs[name].module() for name in programs)
+    vocabulary = model.config.vocab_size
+    for B, T in ((1, 1), (3, 64), (1, 131)):
+        ids = torch.randint(vocabulary, (B, T))
+        logits, state = prefill(ids, flatten_state(model.init_state(B)))
+        eager_logits, eager_state = model.prefill(ids, model.init_state(B))
+        names = ["logits", *flatten_state(eager_state)]
+        assert list(state) == names[1:]
+        errors = compare((logits, state), (eager_logits, flatten_state(eager_state)), names)
+        assert max(errors.values()) < 1e-5, errors
+        token = torch.randint(vocabulary, (B,))
+        logits, state = step(token, state)
+        eager_logits, eager_state = model.step(token, eager_state)
+        errors = compare((logits, state), (eager_logits, flatten_state(eager_state)), names)
+        assert max(errors.values()) < 1e-5, errors
+
+
+def test_hybrid_programs_name_their_inputs(hybrid_programs):
+    model, programs = hybrid_programs
+    inputs = programs["prefill"].graph_signature.user_inputs
+    assert inputs[0] == "input_ids"
+    states = ["state_" + name.replace(".", "_") for name in flatten_state(model.init_state(1))]
+    assert list(inputs[1:]) == states
+
+
+def test_hybrid_refuses_example_inputs():
+    with pytest.raises(ValueError, match="expected None for a HybridLM"):
+        export_program(hybrid(), example_inputs=(torch.ones(1, 1, dtype=torch.long),))

@@ -1,0 +1,84 @@
+"""Runs the Triton kernels' entry points: on CUDA as they are, on CPU tensors in Triton's interpreter.
+
+Triton decides when it is imported whether it interprets, for its own library as well, so the interpreter lives in a
+process of its own: one a test process, started at the first call, with ``TRITON_INTERPRET=1`` set there and nowhere
+else. Calls and results travel as pickles over its pipes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PACKAGE = "gdn_ops.kernels.triton"
+
+
+class Call(NamedTuple):
+    """What an entry point returned, and its arguments after the call: in-place results are found there."""
+
+    result: Any
+    args: tuple
+
+
+def call(entry: str, *args: Any) -> Call:
+    """``call("causal_conv1d:forward", *args)``. Tensors keep their strides; the caller's CPU tensors do not change."""
+    device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
+    if device == "cuda":
+        module, function = entry.split(":")
+        result = getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)(*args)
+        torch.cuda.synchronize()
+        return Call(result, args)
+    process = _interpreter()
+    pickle.dump((entry, args), process.stdin)
+    process.stdin.flush()
+    error, outcome = pickle.load(process.stdout)
+    if error is not None:
+        raise RuntimeError(f"{entry} failed in the interpreter:\n{error}")
+    return Call(*outcome)
+
+
+@cache
+def _interpreter() -> subprocess.Popen:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.kernels.interpreter"],
+        env=environment, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    atexit.register(process.communicate)
+    return process
+
+
+def _serve(requests, answers) -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    while True:
+        try:
+            entry, args = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            module_name, function = entry.split(":")
+            module = importlib.import_module(f"{PACKAGE}.{module_name}")
+            kernels = [x for name, x in vars(module).items() if name.endswith("_kernel")]
+            if not kernels or not all(isinstance(kernel, InterpretedFunction) for kernel in kernels):
+                raise RuntimeError(f"{module_name}: expected interpreted kernels, got {kernels}")
+            answer = None, (getattr(module, function)(*args), args)
+        except Exception:
+            answer = traceback.format_exc(), None
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    _serve(sys.stdin.buffer, answers)

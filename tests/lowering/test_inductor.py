@@ -1,0 +1,52 @@
+"""How packages are configured: the archive, its cache, and what is refused."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from gdn_ops.lowering import inductor
+
+
+def test_archive_is_built_once(monkeypatch):
+    first = inductor.cpu_archive()
+    monkeypatch.setattr(inductor.subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
+    assert inductor.cpu_archive() == first and first.stat().st_size > 0
+
+
+def test_compiler_errors_are_shown(monkeypatch, tmp_path):
+    (tmp_path / "cpu_kernels.h").write_text("")
+    (tmp_path / "cpu_shims.cpp").write_text("")
+    (tmp_path / "cpu_kernels.cpp").write_text("no C++ at all")
+    monkeypatch.setattr(inductor, "SOURCES", tmp_path)
+    with pytest.raises(RuntimeError, match=r"did not compile[\s\S]*no C"):
+        inductor.cpu_archive()
+
+
+def test_packaging_restores_the_environment(monkeypatch):
+    monkeypatch.setenv("LIBRARY_PATH", "somewhere")
+    with inductor.packaging(torch.device("cpu")) as configs:
+        assert os.environ["LIBRARY_PATH"].endswith(":somewhere")
+        assert torch.ops.gdn.chunk_gated_delta_rule.default in configs["aot_inductor.custom_ops_to_c_shims"]
+    assert os.environ["LIBRARY_PATH"] == "somewhere"
+    with inductor.packaging(torch.device("cuda")) as configs:
+        assert configs == {}
+
+
+def test_shim_declarations_follow_the_schemas():
+    kinds = {"Tensor": "AtenTensorHandle ", "Optional[Tensor]": "AtenTensorHandle* ", "float": "double ",
+             "bool": "int32_t "}  # fmt: skip
+    for name, declared in inductor.CPU_SHIMS.items():
+        schema = getattr(torch.ops.gdn, name).default._schema
+        arguments = [kinds[str(a.type)] + a.name for a in schema.arguments]
+        assert declared.split(", ")[: len(arguments)] == arguments
+        assert declared.split(", ")[len(arguments) :] and declared.count("* ") >= len(schema.returns)
+
+
+def test_what_cannot_be_packed_is_named():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    used = ["aten::mul.Tensor", "gdn::causal_conv1d", "gdn::recurrent_gated_delta_rule_"]
+    assert list(inductor.unsupported_operators(used, cpu, {torch.float32})) == ["gdn::recurrent_gated_delta_rule_"]
+    assert inductor.unsupported_operators(used, cuda, {torch.bfloat16}) == {}
+    assert "float64" in inductor.unsupported_operators(used, cuda, {torch.float64})["gdn::causal_conv1d"]
