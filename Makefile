@@ -1,4 +1,5 @@
 # make test: sets up .venv and passes the tests. make lint: ruff only. make clean: forgets the setup.
+# make demo: trains a small model on Python's own source text, exports it, and lets the artifact write (demo-out/).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ SETUP := $(VENV)/.setup
 # One CPU build of torch is enough here; a plain `torch` would pull gigabytes of CUDA libraries.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup test lint format clean
+.PHONY: setup test lint format demo clean
 
 setup: $(SETUP)
 
@@ -23,9 +24,24 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
 
+DEMO := demo-out
+DEMO_STEPS ?= 300
+SAMPLE := --prompt 'def read_text(self, path' --max-new-tokens 400 --temperature 0
+
+demo: setup
+	rm -rf $(DEMO)
+	$(BIN)/gdn doctor
+	$(BIN)/gdn train --preset tiny --steps $(DEMO_STEPS) --out $(DEMO)/model
+	$(BIN)/gdn export $(DEMO)/model --target aoti --out $(DEMO)/aoti
+	$(BIN)/gdn generate $(DEMO)/model $(SAMPLE) > $(DEMO)/sample-eager.txt
+	$(BIN)/gdn generate $(DEMO)/aoti $(SAMPLE) > $(DEMO)/sample-aoti.txt
+	@cmp $(DEMO)/sample-eager.txt $(DEMO)/sample-aoti.txt
+	@echo 'sample, the same from eager and from the artifact:'
+	@cat $(DEMO)/sample-aoti.txt
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .ruff_cache

@@ -3,6 +3,11 @@
 Triton decides when it is imported whether it interprets, for its own library as well, so the interpreter lives in a
 process of its own: one a test process, started at the first call, with ``TRITON_INTERPRET=1`` set there and nowhere
 else. Calls and results travel as pickles over its pipes.
+
+In that process fresh memory is NaN (largest integers), so that a result not wholly written, or memory read before it
+is written, cannot pass for zeros; and two habits of the interpreter (Triton 3.6 and 3.7) are mended that no GPU
+has: it multiplies the bit patterns of bf16 operands as integers in ``tl.dot``, and it rounds fp32 to bf16 towards zero.
+It ignores ``input_precision``: products of fp32 operands are always exact fp32 ones.
 """
 
 from __future__ import annotations
@@ -39,9 +44,13 @@ def call(entry: str, *args: Any) -> Call:
         torch.cuda.synchronize()
         return Call(result, args)
     process = _interpreter()
-    pickle.dump((entry, args), process.stdin)
-    process.stdin.flush()
-    error, outcome = pickle.load(process.stdout)
+    try:
+        pickle.dump((entry, args), process.stdin)
+        process.stdin.flush()
+        error, outcome = pickle.load(process.stdout)
+    except (EOFError, BrokenPipeError) as e:
+        _interpreter.cache_clear()
+        raise RuntimeError(f"{entry}: the interpreter ended with status {process.wait()}") from e
     if error is not None:
         raise RuntimeError(f"{entry} failed in the interpreter:\n{error}")
     return Call(*outcome)
@@ -58,9 +67,43 @@ def _interpreter() -> subprocess.Popen:
     return process
 
 
+def _poison_fresh_memory() -> None:
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    if not torch.empty(8).isnan().all():
+        raise RuntimeError("expected torch.empty to be filled with NaN")
+
+
+def _mend_bfloat16() -> None:
+    """bf16 blocks are uint16 arrays in the interpreter: the upper halves of fp32 numbers."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return dot(self, widened(a), widened(b), *rest)
+
+    def cast_impl(self, x, dtype):
+        if x.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(np.array(x.data, dtype=np.float32)).bfloat16()
+            return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+        return cast(self, x, dtype)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
+
+
 def _serve(requests, answers) -> None:
     from triton.runtime.interpreter import InterpretedFunction
 
+    _mend_bfloat16()
+    _poison_fresh_memory()
     while True:
         try:
             entry, args = pickle.load(requests)

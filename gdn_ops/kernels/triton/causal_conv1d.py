@@ -369,7 +369,10 @@ def causal_conv1d_backward_kernel(
                         x2_d = _input(x, here, t - 2, begin, mask_d, stride_x_t, stride_initial_w, W)
                     if W > 3:
                         x3_d = _input(x, here, t - 3, begin, mask_d, stride_x_t, stride_initial_w, W)
-            dz_d = tl.where((t >= begin) & (t < end), dz_d, 0.0)
+            # Tokens after the last sequence may hold anything, NaN too.
+            inside = (t >= begin) & (t < end)
+            dz_d = tl.where(inside, dz_d, 0.0)
+            x0_d = tl.where(inside, x0_d, 0.0)
         if SILU:
             z_d = bias_d + x0_d * w0_d + x1_d * w1_d
             if W > 2:
@@ -510,6 +513,11 @@ def _strides(x: Tensor | None, *names: str) -> dict[str, int]:
     return {name: 0 if x is None else x.stride(i) for i, name in enumerate(names)}
 
 
+def _hand_on(source: Tensor | None, state: Tensor) -> Tensor:
+    """Without tokens a state (or its gradient) passes unchanged; None is zeros."""
+    return state.zero_() if source is None else state.copy_(source)
+
+
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     silu: bool, output_final_state: bool,
@@ -521,6 +529,8 @@ def forward(
     final_state = torch.empty((N if output_final_state else 0, D, W - 1), dtype=x.dtype, device=x.device)
     if N == 0 or D == 0:
         return y.zero_(), final_state
+    if isinstance(T, int) and T == 0:
+        return y, _hand_on(initial_state, final_state) if output_final_state else final_state
     BT, BD, num_warps = FORWARD_TILE[0], _channel_tile(D, FORWARD_TILE[1]), FORWARD_TILE[2]
     rows = B * _blocks(T, BT) + (N if output_final_state else 0)
     launch(causal_conv1d_forward_kernel)[(rows * _blocks(D, BD),)](
@@ -550,6 +560,9 @@ def backward(
     partial = torch.empty((blocks, W + 1, D), dtype=torch.float32, device=x.device)
     if N == 0 or D == 0:
         dx.zero_(), partial.zero_()
+    elif isinstance(T, int) and T == 0:
+        if initial_state is not None:
+            _hand_on(dfinal_state, dinitial_state)
     else:
         rows = blocks + (0 if initial_state is None else N)
         launch(causal_conv1d_backward_kernel)[(rows * _blocks(D, BD),)](

@@ -7,7 +7,10 @@ tile of the state in fp32 registers from chunk to chunk (the columns of the stat
 
 Four products a chunk, of which only ``W S -> V' -> K^T V'`` is a chain; the loads of the next chunks are in flight
 meanwhile. The backward runs the same scan with ``states`` and ``written`` (the state before each chunk, and V') in
-place of ``o``.
+place of ``o``. With few heads a program owns a segment of the sequence instead (``segments.py``).
+
+Heads narrower than a tensor core's tile (16) are computed in fp32, a single token by the recurrent kernel, and 16-bit
+features are padded to multiples of 16, which keeps every row on a 16-byte boundary.
 
 Same inputs, same bits: no atomics, and a program's order of work depends on its own sequence only.
 """
@@ -19,34 +22,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_ops.kernels.triton.chip import chip_of
+from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_table, segment_of
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
-from gdn_ops.kernels.triton.intra_chunk import (
-    CHUNK,
-    IntraChunk,
-    intra_chunk,
-    multiprocessors_of,
-    precision_of,
-    rows_contiguous,
-    shared_memory_of,
-    warps,
-)
+from gdn_ops.kernels.triton.intra_chunk import IntraChunk, intra_chunk, precision_of, strides_of
 from gdn_ops.kernels.triton.launch import launch
+from gdn_ops.kernels.triton.recurrent import recurrent_forward
+from gdn_ops.kernels.triton.segments import combine, maps, segment_length
 
 
 @triton.jit
-def sequence_of(n, T, cu_seqlens, chunk_offsets, C: tl.constexpr):
-    """Row of the batch, bounds in tokens, and the number of its first chunk, of sequence ``n``."""
-    if cu_seqlens is None:
-        b = n
-        begin = n * 0
-        end = begin + T
-        first_chunk = n * tl.cdiv(T, C)
-    else:
-        b = n * 0
-        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), begin), T)
-        first_chunk = tl.load(chunk_offsets + n).to(tl.int64)
-    return b, begin, end, first_chunk
+def _write_zeros(o, begin, end, stride_t, mask_v, C: tl.constexpr, BV: tl.constexpr):
+    """Tokens past the last packed sequence belong to none."""
+    rows = tl.arange(0, C)
+    zeros = tl.zeros([C, BV], dtype=o.dtype.element_ty)
+    for start in range(begin, end, C):
+        token = start + rows
+        tl.store(o[None, :] + token[:, None] * stride_t, zeros, mask=(token < end)[:, None] & mask_v[None, :])
 
 
 @triton.jit
@@ -65,6 +57,8 @@ def scan_kernel(
     written,
     cu_seqlens,
     chunk_offsets,
+    segment_offsets,
+    SEGMENT,
     scale,
     T,
     N,
@@ -83,18 +77,28 @@ def scan_kernel(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``o`` None: not computed (but ``states`` and ``written``); ``initial_state`` and ``final_state`` may be None."""
+    """``o`` None: not computed (but ``states`` and ``written``). ``initial_state`` is a segment's; None: zeros.
+    ``final_state`` is a sequence's, or None."""
     NV: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
     hv = (program // NV % HV).to(tl.int64)
-    n = (program // (NV * HV)).to(tl.int64)
-    b, begin, end, first_chunk = sequence_of(n, T, cu_seqlens, chunk_offsets, C)
-    h = hv // (HV // H)
+    segment = (program // (NV * HV)).to(tl.int64)
+    n, b, begin, end, first_chunk, _, last, exists = segment_of(
+        segment, T, N, SEGMENT, cu_seqlens, chunk_offsets, segment_offsets, C
+    )
     rows = tl.arange(0, C)
-    in_k = tl.arange(0, BK)
     in_v = program % NV * BV + tl.arange(0, BV)
-    mask_k = in_k < K
     mask_v = in_v < V
+    if o is not None:
+        if cu_seqlens is not None:
+            past = tl.load(cu_seqlens + N)
+            if (exists & last & (end == past)) | (not exists & (segment == 0)):
+                _write_zeros(o + hv * V + in_v, past, T, HV * V, mask_v, C, BV)
+    if not exists:
+        return
+    h = hv // (HV // H)
+    in_k = tl.arange(0, BK)
+    mask_k = in_k < K
     mask_kv = mask_k[:, None] & mask_v[None, :]
     state_offsets = in_k[:, None] * V + in_v[None, :]
 
@@ -103,10 +107,10 @@ def scan_kernel(
     here = (b * HV + hv) * T + begin
     W += here * K
     U += here * V
-    P += here * C
     from_start += here
     to_end += here
     if o is not None:
+        P += here * C
         o += ((b * T + begin) * HV + hv) * V
     else:
         states += (first_chunk * HV + hv) * K * V
@@ -115,17 +119,18 @@ def scan_kernel(
     if initial_state is None:
         S_kv = tl.zeros([BK, BV], dtype=tl.float32)
     else:
-        S_kv = tl.load(initial_state + (n * HV + hv) * K * V + state_offsets, mask=mask_kv, other=0.0).to(tl.float32)
+        initial_state += (segment * HV + hv) * K * V
+        S_kv = tl.load(initial_state + state_offsets, mask=mask_kv, other=0.0).to(tl.float32)
     length = (end - begin).to(tl.int32)
     for start in range(0, length, C):
         real = rows < length - start
         mask_ck = real[:, None] & mask_k[None, :]
         mask_cv = real[:, None] & mask_v[None, :]
-        last = tl.minimum(length - start, C) - 1
+        left = tl.minimum(length - start, C) - 1
         w_ck = tl.load(W + rows[:, None] * K + in_k[None, :], mask=mask_ck, other=0.0)
-        k_ck = tl.load(k + rows[:, None].to(tl.int64) * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
+        k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
         decay_c = tl.load(to_end + rows, mask=real, other=0.0)
-        whole = tl.load(from_start + last)
+        whole = tl.load(from_start + left)
         S_low = S_kv.to(w_ck.dtype)
         stored_cv = tl.dot(w_ck, S_low, input_precision=PRECISION)
         # After the product: Triton 3.6 drops the barrier between the operands' proxy fence and a wgmma when a layout
@@ -133,14 +138,15 @@ def scan_kernel(
         u_cv = tl.load(U + rows[:, None] * V + in_v[None, :], mask=mask_cv, other=0.0)
         new_cv = u_cv.to(tl.float32) - stored_cv
         if o is not None:
-            q_ck = tl.load(q + rows[:, None].to(tl.int64) * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
+            q_ck = tl.load(q + rows[:, None] * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
             p_cc = tl.load(P + rows[:, None] * C + rows[None, :], mask=real[:, None], other=0.0)
             grown_c = tl.load(from_start + rows, mask=real, other=0.0) * scale
             o_cv = tl.dot(q_ck, S_low, input_precision=PRECISION) * grown_c[:, None]
             o_cv = tl.dot(p_cc, new_cv.to(p_cc.dtype), o_cv, input_precision=PRECISION)
-            o_offsets = rows[:, None].to(tl.int64) * (HV * V) + in_v[None, :]
+            o_offsets = rows[:, None] * (HV * V) + in_v[None, :]
             tl.store(o + o_offsets, o_cv.to(o.dtype.element_ty), mask=mask_cv)
             o += C * HV * V
+            P += C * C
         else:
             tl.store(states + state_offsets, S_low, mask=mask_kv)
             tl.store(written + rows[:, None] * V + in_v[None, :], new_cv.to(written.dtype.element_ty), mask=mask_cv)
@@ -152,57 +158,72 @@ def scan_kernel(
         k += C * stride_k_t
         W += C * K
         U += C * V
-        P += C * C
         from_start += C
         to_end += C
     if final_state is not None:
-        tl.store(final_state + (n * HV + hv) * K * V + state_offsets, S_kv, mask=mask_kv)
-    if cu_seqlens is not None:
-        if o is not None:
-            if n == N - 1:
-                zeros = tl.zeros([C, BV], dtype=o.dtype.element_ty)
-                o -= (length + C - 1) // C * C * HV * V
-                for start in range(length, (T - begin).to(tl.int32), C):
-                    token = start + rows
-                    mask = (token < T - begin)[:, None] & mask_v[None, :]
-                    tl.store(o + token[:, None].to(tl.int64) * (HV * V) + in_v[None, :], zeros, mask=mask)
+        if last:
+            tl.store(final_state + (n * HV + hv) * K * V + state_offsets, S_kv, mask=mask_kv)
 
 
-def scan_configuration(x: Tensor, T: int, K: int, V: int, heads: int | None) -> dict[str, int]:
-    """Tile and launch parameters of a scan over ``x``'s dtype on its device; ``heads`` is None when it is symbolic.
+def scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> dict[str, int]:
+    """Tile and launch parameters of a scan over ``x``'s dtype on its device.
 
-    Measured on an H200 (``K = V = 128``, bf16): ``BV=32``, four warps, three stages while every program has a
-    multiprocessor of its own; with more than that, ``BV=64`` reads W, Q, K and P fewer times. With one stage, products
-    of 16-bit operands are *wrong* there (see :func:`warps`), so wide keys get narrow tiles that leave room for two.
+    ``heads`` is the number of (segment, value head) pairs, None when it is symbolic. Measured on an H200
+    (``K = V = 128``, bf16): ``BV=32``, four warps, three stages while every program has a multiprocessor of its own;
+    with more than that, ``BV=64`` reads W, Q, K and P fewer times. With one stage, Triton 3.6's code for 16-bit
+    operands is *wrong* on Hopper, so wide keys get narrow tiles that leave room for two.
     """
-    size = x.element_size()
+    size, chip = x.element_size(), chip_of(x)
     BK = max(16, triton.next_power_of_2(K))
     BV = 32 if size == 2 and BK <= 128 else 16
-    if BV == 32 and heads is not None and heads * triton.cdiv(V, 32) > multiprocessors_of(x):
+    if BV == 32 and heads is not None and heads * triton.cdiv(V, 32) > chip.multiprocessors:
         BV = 64
     BV = max(16, min(BV, triton.next_power_of_2(V)))
     stage = CHUNK * (3 * BK + CHUNK + BV) * size
-    stages = max(1, min(3, (shared_memory_of(x) - BK * BV * size) // stage))
-    return {"BK": BK, "BV": BV, "num_warps": warps(x, T, K, V), "num_stages": stages}
+    stages = max(1, min(3, (chip.shared_memory - BK * BV * size) // stage))
+    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": stages}
 
 
 def scan(
-    x: IntraChunk, q: Tensor, k: Tensor, v: Tensor, scale: float, *,
+    x: IntraChunk, q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, *,
     o: Tensor | None = None, initial_state: Tensor | None = None, final_state: Tensor | None = None,
     states: Tensor | None = None, written: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launches :func:`scan_kernel` on contiguous outputs and states."""
+    """Launches :func:`scan_kernel` on contiguous outputs and states; ``initial_state`` is that of each segment."""
     T, H, K = q.shape[1:]
     HV, V = v.shape[2:]
-    configuration = scan_configuration(q, T, K, V, x.sequences * HV if isinstance(x.sequences, int) else None)
-    launch(scan_kernel)[(x.sequences * HV * triton.cdiv(V, configuration["BV"]),)](
+    heads = table.segments * HV if isinstance(table.segments, int) else None
+    configuration = scan_configuration(q, K, V, heads)
+    launch(scan_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
         q=q, k=k, W=x.W, U=x.U, P=x.P, from_start=x.from_start, to_end=x.to_end, o=o,
-        initial_state=initial_state, final_state=final_state, states=states, written=written,
-        cu_seqlens=x.cu_seqlens, chunk_offsets=x.chunk_offsets, scale=scale, T=T, N=x.sequences,
-        stride_q_b=q.stride(0), stride_q_t=q.stride(1), stride_q_h=q.stride(2),
-        stride_k_b=k.stride(0), stride_k_t=k.stride(1), stride_k_h=k.stride(2),
+        initial_state=initial_state, final_state=final_state, states=states, written=written, scale=scale, T=T,
+        **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k),
         H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
     )  # fmt: skip
+
+
+def is_narrow(q: Tensor, v: Tensor) -> bool:
+    """Whether the heads are narrower than a tensor core's tile: then 16-bit inputs are computed in fp32."""
+    return q.element_size() == 2 and min(q.shape[3], v.shape[3]) < 16
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x [B, T, H, features]`` with features side by side and rows on 16-byte boundaries; 16-bit features are padded.
+
+    A chunk of it spans fewer than 2^31 elements, so that offsets inside one are 32-bit.
+    """
+    if x.element_size() == 2 and x.shape[-1] % 16 != 0:
+        return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16))
+    even = all(stride % 16 == 0 for stride in x.stride()[:-1]) and x.storage_offset() % 8 == 0
+    return x if x.stride(-1) == 1 and even and x.stride(1) <= 2**24 else x.contiguous()
+
+
+def aligned_state(state: Tensor | None, q: Tensor, v: Tensor) -> Tensor | None:
+    """A contiguous state of the padded heads."""
+    if state is None:
+        return None
+    padding = (0, v.shape[3] - state.shape[3], 0, q.shape[3] - state.shape[2])
+    return torch.nn.functional.pad(state, padding) if any(padding) else state.contiguous()
 
 
 def chunk_forward(
@@ -213,20 +234,31 @@ def chunk_forward(
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device)
-    final_state = torch.empty((N if output_final_state else 0, HV, K, V), dtype=torch.float32, device=v.device)
+    if isinstance(T, int) and T == 1:
+        return recurrent_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state)
+    if is_narrow(q, v):
+        wide = (x.to(torch.float32) for x in (q, k, v))
+        o, final_state = chunk_forward(*wide, g, beta, initial_state, cu_seqlens, scale, output_final_state)
+        return o.to(v.dtype), final_state
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    final_state = torch.empty(
+        (N if output_final_state else 0, HV, q.shape[3], v.shape[3]), dtype=torch.float32, device=v.device
+    )
+    initial_state = aligned_state(initial_state, q, v)
     if N == 0:
-        return o.zero_(), final_state
-    if T == 0:
+        o.zero_()
+    elif isinstance(T, int) and T == 0:
         if output_final_state:
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
-        return o, final_state
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    x = intra_chunk(q, k, v, g, beta, cu_seqlens, scale)
-    final = final_state if output_final_state else None
-    scan(x, q, k, v, scale, o=o, initial_state=initial_state, final_state=final)
-    return o, final_state
+    else:
+        table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens))
+        x = intra_chunk(q, k, v, g, beta, table, scale)
+        final = final_state if output_final_state else None
+        if table.segment is not None:
+            initial_state = combine(maps(x, k, v, table, last=False), initial_state, final, q, T, table, reverse=False)
+        scan(x, q, k, v, scale, table, o=o, initial_state=initial_state, final_state=final)
+    return o[..., :V].contiguous(), final_state[:, :, :K, :V].contiguous()
 
 
 def ahead_of_time_inputs(dtype: torch.dtype, H: int, HV: int, K: int, V: int, packed: bool) -> tuple:

@@ -44,11 +44,13 @@ class CompileCase(NamedTuple):
     divisible_by_16: tuple[str, ...] = ()
 
 
-def case_of_launch(name: str, kernel, arguments: dict[str, Any], num_warps: int = 4, num_stages: int = 3) -> CompileCase:
+def case_of_launch(
+    name: str, kernel, arguments: dict[str, Any], num_warps: int = 4, num_stages: int = 3
+) -> CompileCase:
     """The case that launching ``kernel`` with keyword ``arguments`` stands for, specialised as Triton would."""
     signature, constexprs, divisible = {}, {}, []
     for parameter in kernel.params:
-        value = arguments[parameter.name] if parameter.name in arguments else parameter.default
+        value = arguments.get(parameter.name, parameter.default)
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             constexprs[parameter.name] = value
         elif isinstance(value, Tensor):
@@ -62,7 +64,9 @@ def case_of_launch(name: str, kernel, arguments: dict[str, Any], num_warps: int 
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
-            raise TypeError(f"parameter {parameter.name} of {name}: a tensor, number or None expected, got {type(value)}")
+            raise TypeError(
+                f"parameter {parameter.name} of {name}: a tensor, number or None expected, got {type(value)}"
+            )
     return CompileCase(name, kernel, signature, constexprs, num_warps, num_stages, tuple(divisible))
 
 

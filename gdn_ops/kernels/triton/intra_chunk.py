@@ -11,11 +11,11 @@ forward substitution in fp32, the others by block substitution (``I_20 = -I_22 (
 with products of fp32 accuracy: repeated keys make ``A`` anything but small. Also written: ``c`` (fp64: a strong gate
 must not cost the digits of the weak ones after it), ``from_start = exp(c)`` and ``to_end = exp(c_C - c)``.
 
-**wup_kernel**, two warps a (chunk, value head): the three products, tile by tile.
+**wup_kernel**, two warps a (chunk, value head): the three products, tile by tile. The backward asks for ``E = P^T dO``
+in place of ``P``, which it has no other use for.
 
 Buffers between kernels are ``[B, HV, T, ...]``, contiguous and indexed by token, so packed sequences need no table of
-their own. Chunks of packed sequences are found by binary search in ``chunk_offsets`` (device-built, ``[N + 1]``); the
-grid is bounded by ``cdiv(T, C) + N - 1`` chunks, and programs past the last chunk return at once: no host synchronisation.
+their own.
 
 Sources: the chunk form, arXiv 2412.06464, section 3.3; the blockwise inverse, flash-linear-attention's ``solve_tril``.
 """
@@ -29,36 +29,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_ops.kernels.triton.chip import chip_of
+from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of
 from gdn_ops.kernels.triton.launch import launch
 
-CHUNK = 64
 # Below this a gate is an exact zero in fp64 too; clamping keeps -inf and 1e30 out of the sums.
 _WEAKEST = tl.constexpr(-1.0e5)
-
-
-@triton.jit
-def chunk_of(chunk, T, N, cu_seqlens, chunk_offsets, C: tl.constexpr):
-    """Row of the batch, first token and number of tokens (0: there is no such chunk) of a chunk."""
-    if cu_seqlens is None:
-        NT = tl.cdiv(T, C)
-        b = (chunk // NT).to(tl.int64)
-        begin = (chunk % NT).to(tl.int64) * C
-        length = tl.minimum(T - begin, C)
-    else:
-        low = chunk * 0
-        high = low + N
-        while low + 1 < high:
-            middle = (low + high) // 2
-            after = tl.load(chunk_offsets + middle) <= chunk
-            low = tl.where(after, middle, low)
-            high = tl.where(after, high, middle)
-        b = (chunk * 0).to(tl.int64)
-        first = tl.minimum(tl.maximum(tl.load(cu_seqlens + low).to(tl.int64), 0), T)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + low + 1).to(tl.int64), first), T)
-        begin = first + (chunk - tl.load(chunk_offsets + low)).to(tl.int64) * C
-        length = tl.maximum(tl.minimum(end - begin, C), 0)
-        length = tl.where(chunk < tl.load(chunk_offsets + N), length, 0)
-    return b, begin, length
 
 
 @triton.jit
@@ -252,12 +228,14 @@ def wup_kernel(
     q,
     k,
     v,
+    do,
     beta,
     c_sum,
     inverse,
     W,
     U,
     P,
+    E,
     cu_seqlens,
     chunk_offsets,
     scale,
@@ -272,6 +250,9 @@ def wup_kernel(
     stride_v_b,
     stride_v_t,
     stride_v_h,
+    stride_do_b,
+    stride_do_t,
+    stride_do_h,
     stride_beta_b,
     stride_beta_t,
     stride_beta_h,
@@ -284,6 +265,7 @@ def wup_kernel(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """``do`` None: writes ``P``; else ``E``."""
     program = tl.program_id(0)
     hv = (program % HV).to(tl.int64)
     b, begin, length = chunk_of(program // HV, T, N, cu_seqlens, chunk_offsets, C)
@@ -301,14 +283,6 @@ def wup_kernel(
     beta_c = tl.load(beta + rows * stride_beta_t, mask=real, other=0.0).to(tl.float32)
     inverse_cc = tl.load(inverse + here * C + rows[:, None] * C + rows[None, :], mask=real[:, None], other=0.0)
 
-    for start in range(0, V, BV):
-        columns = start + tl.arange(0, BV)
-        mask = real[:, None] & (columns < V)[None, :]
-        v_cv = tl.load(v + rows[:, None] * stride_v_t + columns[None, :], mask=mask, other=0.0)
-        v_cv = (v_cv.to(tl.float32) * beta_c[:, None]).to(U.dtype.element_ty)
-        u_cv = tl.dot(inverse_cc, v_cv, input_precision=PRECISION)
-        tl.store(U + here * V + rows[:, None] * V + columns[None, :], u_cv.to(U.dtype.element_ty), mask=mask)
-
     qk = tl.zeros([C, C], dtype=tl.float32)
     factor = beta_c * tl.exp(c.to(tl.float32))
     for start in range(0, K, BK):
@@ -322,12 +296,28 @@ def wup_kernel(
         tl.store(W + here * K + rows[:, None] * K + columns[None, :], w_ck.to(W.dtype.element_ty), mask=mask)
     lower = (rows[:, None] >= rows[None, :]) & real[:, None]
     D = tl.exp(tl.where(lower, c[:, None] - c[None, :], float("-inf")).to(tl.float32))
-    p_cc = tl.where(lower, qk * D * scale, 0.0)
-    tl.store(P + here * C + rows[:, None] * C + rows[None, :], p_cc.to(P.dtype.element_ty), mask=real[:, None])
+    p_cc = tl.where(lower, qk * D * scale, 0.0).to(W.dtype.element_ty)
+    if do is None:
+        tl.store(P + here * C + rows[:, None] * C + rows[None, :], p_cc, mask=real[:, None])
+    else:
+        do += b * stride_do_b + begin * stride_do_t + hv * stride_do_h
+
+    for start in range(0, V, BV):
+        columns = start + tl.arange(0, BV)
+        mask = real[:, None] & (columns < V)[None, :]
+        out = here * V + rows[:, None] * V + columns[None, :]
+        v_cv = tl.load(v + rows[:, None] * stride_v_t + columns[None, :], mask=mask, other=0.0)
+        v_cv = (v_cv.to(tl.float32) * beta_c[:, None]).to(U.dtype.element_ty)
+        u_cv = tl.dot(inverse_cc, v_cv, input_precision=PRECISION)
+        tl.store(U + out, u_cv.to(U.dtype.element_ty), mask=mask)
+        if do is not None:
+            do_cv = tl.load(do + rows[:, None] * stride_do_t + columns[None, :], mask=mask, other=0.0)
+            e_cv = tl.dot(tl.trans(p_cc), do_cv, input_precision=PRECISION)
+            tl.store(E + out, e_cv.to(E.dtype.element_ty), mask=mask)
 
 
 class IntraChunk(NamedTuple):
-    """``[B, HV, T, ...]`` buffers of one call, and how its chunks are numbered."""
+    """``[B, HV, T, ...]`` buffers of one call: ``P`` in the forward, ``E`` in the backward."""
 
     c_sum: Tensor
     from_start: Tensor
@@ -335,45 +325,23 @@ class IntraChunk(NamedTuple):
     inverse: Tensor
     W: Tensor
     U: Tensor
-    P: Tensor
-    cu_seqlens: Tensor | None
-    chunk_offsets: Tensor | None
-    chunks: int
-    sequences: int
+    P: Tensor | None
+    E: Tensor | None
 
 
 def precision_of(x: Tensor) -> str:
-    """How fp32 operands are multiplied: exactly for fp32 inputs, three TF32 products for the inverse of others."""
-    return "ieee" if x.dtype == torch.float32 or torch.version.hip else "tf32x3"
+    """How fp32 operands are multiplied: exactly for fp32 inputs, three TF32 products for the inverse of others.
 
-
-def shared_memory_of(x: Tensor) -> int:
-    """Bytes of shared memory that a block may have on x's device (an H200's for tensors without storage)."""
-    if x.device.type != "cuda":
-        return 232448
-    properties = torch.cuda.get_device_properties(x.device)
-    return properties.shared_memory_per_block_optin
-
-
-def multiprocessors_of(x: Tensor) -> int:
-    """How many programs run at once when each fills a multiprocessor."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 132
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    """``x`` with neighbouring features side by side, and strides and offset that keep rows on 16-byte boundaries."""
-    aligned = all(stride % 16 == 0 for stride in x.stride()[:-1]) and x.storage_offset() % 8 == 0
-    return x if x.stride(-1) == 1 and aligned else x.contiguous()
-
-
-def warps(x: Tensor, T: int, K: int, V: int) -> int:
-    """Four for a scan, or two where the loads of its loop may not become asynchronous copies.
-
-    On Hopper, Triton 3.6 turns the products of four warps into ``wgmma``; inside a loop that it does not pipeline (rows
-    not known to stand on 16-byte boundaries, a single iteration known at compile time) the code reads shared memory out
-    of range, as compute-sanitizer tells. Two warps use the older instruction, which is right everywhere.
+    Exact products of wide keys need 180 KiB of shared memory; chips with less multiply fp32 inputs by TF32 too.
     """
-    return 2 if x.element_size() == 2 and (K % 16 != 0 or V % 16 != 0 or T == 1) else 4
+    chip = chip_of(x)
+    exact = x.dtype == torch.float32 and chip.shared_memory >= 200_000
+    return "ieee" if exact or chip.backend == "hip" else "tf32x3"
+
+
+def strides_of(name: str, x: Tensor | None) -> dict[str, int]:
+    """``stride_<name>_b``, ``_t`` and ``_h`` of ``x [B, T, H, ...]``; zeros for None."""
+    return {f"stride_{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in enumerate("bth")}
 
 
 def wup_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
@@ -383,42 +351,29 @@ def wup_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
 
 
 def intra_chunk(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None, scale: float
-) -> IntraChunk:
-    """Runs the two kernels; ``q, k, v`` have ``stride(-1) == 1``."""
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, scale: float,
+    do: Tensor | None = None,
+) -> IntraChunk:  # fmt: skip
+    """Runs the two kernels; ``q, k, v, do`` have ``stride(-1) == 1``. With ``do`` it is for the backward."""
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
-    if cu_seqlens is None:
-        N, chunk_offsets = B, None
-        chunks = B * triton.cdiv(T, CHUNK)
-    else:
-        N = cu_seqlens.shape[0] - 1
-        cu_seqlens = cu_seqlens.contiguous()
-        counts = (cu_seqlens.diff() + CHUNK - 1) // CHUNK
-        chunk_offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        chunks = triton.cdiv(T, CHUNK) + N - 1
 
     def buffer(*shape, dtype=q.dtype):
         return torch.empty((B, HV, T, *shape), dtype=dtype, device=q.device)
 
     x = IntraChunk(
         buffer(dtype=torch.float64), buffer(dtype=torch.float32), buffer(dtype=torch.float32), buffer(CHUNK),
-        buffer(K), buffer(V), buffer(CHUNK), cu_seqlens, chunk_offsets, chunks, N,
+        buffer(K), buffer(V), buffer(CHUNK) if do is None else None, None if do is None else buffer(V),
     )  # fmt: skip
-    precision = precision_of(q)
-    strides = {"stride_k_b": k.stride(0), "stride_k_t": k.stride(1), "stride_k_h": k.stride(2)}
-    strides |= {"stride_beta_b": beta.stride(0), "stride_beta_t": beta.stride(1), "stride_beta_h": beta.stride(2)}
-    shape = {"T": T, "N": N, "H": H, "HV": HV, "K": K, "C": CHUNK, "PRECISION": precision}
-    shape |= {"cu_seqlens": cu_seqlens, "chunk_offsets": chunk_offsets}
-    launch(invert_kernel)[(chunks * HV,)](
+    shape = {"T": T, "H": H, "HV": HV, "K": K, "C": CHUNK, "PRECISION": precision_of(q), **table.arguments()}
+    shape |= {**strides_of("k", k), **strides_of("beta", beta)}
+    launch(invert_kernel)[(table.chunks * HV,)](
         k=k, g=g, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end, inverse=x.inverse,
-        stride_g_b=g.stride(0), stride_g_t=g.stride(1), stride_g_h=g.stride(2),
-        BK=max(16, min(64, triton.next_power_of_2(K))), num_warps=1, num_stages=2, **shape, **strides,
+        **strides_of("g", g), BK=max(16, min(64, triton.next_power_of_2(K))), num_warps=1, num_stages=2, **shape,
     )  # fmt: skip
-    launch(wup_kernel)[(chunks * HV,)](
-        q=q, k=k, v=v, beta=beta, c_sum=x.c_sum, inverse=x.inverse, W=x.W, U=x.U, P=x.P, scale=scale,
-        stride_q_b=q.stride(0), stride_q_t=q.stride(1), stride_q_h=q.stride(2),
-        stride_v_b=v.stride(0), stride_v_t=v.stride(1), stride_v_h=v.stride(2),
-        V=V, **wup_configuration(q, K, V), **shape, **strides,
+    launch(wup_kernel)[(table.chunks * HV,)](
+        q=q, k=k, v=v, do=do, beta=beta, c_sum=x.c_sum, inverse=x.inverse, W=x.W, U=x.U, P=x.P, E=x.E, scale=scale,
+        **strides_of("q", q), **strides_of("v", v), **strides_of("do", do),
+        V=V, **wup_configuration(q, K, V), **shape,
     )  # fmt: skip
     return x

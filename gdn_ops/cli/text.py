@@ -1,0 +1,118 @@
+"""Text to tokens and back: bytes, or any Hugging Face ``tokenizer.json``.
+
+A folder with a model says in ``text.json`` which of the two it was trained with, so that ``gdn generate`` knows::
+
+    {"format": "gdn_ops.text", "version": 1, "tokenizer": "bytes", "vocab_size": 256, "end_of_text": 0}
+
+``tokenizer`` is ``bytes`` or the name of a tokenizer file beside it. Documents are joined by the token ``end_of_text``,
+if there is one: byte 0 for bytes, which no text contains.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from gdn_ops.cli.errors import UserError, at_the_door, need
+from gdn_ops.cli.folders import write_file
+
+FILE, FORMAT, VERSION, TOKENIZER = "text.json", "gdn_ops.text", 1, "tokenizer.json"
+END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+
+
+class Bytes:
+    """Every byte of UTF-8 is a token."""
+
+    vocab_size, end_of_text, identity = 256, 0, "bytes"
+
+    def encode(self, text: bytes) -> bytes:
+        return text
+
+    def decoder(self) -> Callable[..., str]:
+        """``push(token) -> text``, which holds back an incomplete character; ``push()`` gives what is left."""
+        pending = codecs.getincrementaldecoder("utf-8")("replace")
+
+        def push(token: int | None = None) -> str:
+            if token is None:
+                return pending.decode(b"", final=True)
+            return pending.decode(bytes([token]) if token < 256 else b"\xff")
+
+        return push
+
+    def save(self, folder: Path) -> None:
+        _describe(folder, "bytes", self)
+
+
+class TokenizerFile:
+    """A ``tokenizer.json`` read by the ``tokenizers`` library."""
+
+    def __init__(self, path: Path, argument: str = "--tokenizer") -> None:
+        tokenizers = need("tokenizers", "a tokenizer file", "hf")
+        with at_the_door(argument):
+            self.content = path.read_bytes()
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(self.content.decode())
+        except Exception as error:  # the library raises bare Exception
+            line = " ".join(str(error).split())
+            raise UserError(f"{argument}: expected a Hugging Face tokenizer.json, got {path} ({line})") from error
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.end_of_text = next((n for name in END_NAMES if (n := self.tokenizer.token_to_id(name)) is not None), None)
+        self.identity = hashlib.sha256(self.content).hexdigest()
+
+    def encode(self, text: bytes) -> list[int]:
+        return self.tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
+
+    def decoder(self) -> Callable[..., str]:
+        """As :meth:`Bytes.decoder`. A token's text may depend on those before it, so a short run of them is decoded."""
+        run: list[int] = []
+        shown = 0
+
+        def push(token: int | None = None) -> str:
+            nonlocal run, shown
+            if token is not None:
+                run.append(token)
+            text = self.tokenizer.decode(run, skip_special_tokens=True)
+            if token is not None and text.endswith("\N{REPLACEMENT CHARACTER}") and len(run) < 64:
+                return ""  # a character may take several tokens; 64 of them are no character
+            fresh, shown = text[shown:], len(text)
+            if len(run) > 32:
+                run = run[-4:]
+                shown = len(self.tokenizer.decode(run, skip_special_tokens=True))
+            return fresh
+
+        return push
+
+    def save(self, folder: Path) -> None:
+        write_file(folder / TOKENIZER, self.content)
+        _describe(folder, TOKENIZER, self)
+
+
+Text = Bytes | TokenizerFile
+
+
+def _describe(folder: Path, tokenizer: str, text: Text) -> None:
+    fields = {"format": FORMAT, "version": VERSION, "tokenizer": tokenizer}
+    fields |= {"vocab_size": text.vocab_size, "end_of_text": text.end_of_text}
+    write_file(folder / FILE, json.dumps(fields, indent=2).encode() + b"\n")
+
+
+def load(folder: Path) -> Text:
+    """The text of a folder that :meth:`save` has described; a bare ``tokenizer.json`` will do."""
+    path = folder / FILE
+    if not path.is_file() and (folder / TOKENIZER).is_file():
+        return TokenizerFile(folder / TOKENIZER, "DIR")
+    try:
+        fields = json.loads(path.read_text())
+        known = (fields["format"], fields["version"]) == (FORMAT, VERSION)
+        tokenizer = fields["tokenizer"]
+    except FileNotFoundError:
+        raise UserError(f"DIR: expected {FILE} (gdn train writes it) or {TOKENIZER} in it, got {folder}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"DIR: expected {path} to describe a tokenizer, got {error!r}") from error
+    if not known:
+        got = f"{fields['format']} {fields['version']}"
+        raise UserError(f"DIR: expected format {FORMAT} {VERSION} in {path}, got {got}")
+    return Bytes() if tokenizer == "bytes" else TokenizerFile(folder / Path(tokenizer).name, "DIR")

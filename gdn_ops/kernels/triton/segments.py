@@ -1,0 +1,260 @@
+"""Parallelism along the sequence: a segment of chunks is an affine map of the state, ``S -> M S + B``.
+
+A scan has one program a (sequence, value head, tile of value columns); with few of them most of the chip idles. Then
+each sequence is cut into segments, and a scan takes three steps:
+
+1. **map_kernel**: one program a (segment, value head, tile of columns) runs the state's recurrence over its segment,
+   without outputs, from the identity (which gives columns of ``M [K, K]``) or from zero (columns of ``B [K, V]``).
+2. **combine_kernel**: one program a (sequence, value head, tile of columns) walks over the segments,
+   ``S <- M S + B``, and leaves the state before each.
+3. The scan itself, one program a (segment, ...), from those states.
+
+In the backward the gradient of the state goes the other way, ``dS -> M^T dS + B'``, with the same ``M``; ``B'`` is
+what the reverse scan makes of zero. The maps are applied with fp32 accuracy. Which segments are taken changes the
+rounding of the result; :func:`batch_invariant` keeps sequences whole. The scheme is FlashInfer's and FlashQLA's
+(segment-parallel prefill).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn_ops.kernels.triton.chip import chip_of
+from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, segment_of
+from gdn_ops.kernels.triton.intra_chunk import IntraChunk, precision_of, strides_of
+from gdn_ops.kernels.triton.launch import launch
+
+WIDEST = 128  # combine_kernel holds a [BK, BK] map in registers; wider keys have more programs anyhow
+SHORTEST = 4  # chunks: shorter segments cost more in maps than they gain
+
+_whole: ContextVar[bool] = ContextVar("gdn_ops_batch_invariant", default=False)
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Inside, no sequence is cut into segments: its bits depend on nothing but itself."""
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int | None:
+    """Chunks a segment, so that the programs of a scan fill the chip once; None where whole sequences do.
+
+    Under a compiler, T or the number of sequences may be a symbol: an unknown length is cut every 32 chunks, and an
+    unknown number of sequences is taken to be large.
+    """
+    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if _whole.get() or K > WIDEST or not isinstance(N, int):
+        return None
+    parts = chip_of(q).multiprocessors // (N * HV * triton.cdiv(V, 32))
+    if parts < 2:
+        return None
+    if not isinstance(T, int):
+        return 32
+    chunks = triton.cdiv(T, CHUNK) if cu_seqlens is None else triton.cdiv(triton.cdiv(T, CHUNK), N)
+    parts = min(parts, chunks // SHORTEST)
+    return None if parts < 2 else triton.cdiv(chunks, parts)
+
+
+@triton.jit
+def map_kernel(
+    k,
+    W,
+    U,
+    from_start,
+    to_end,
+    M,
+    B,
+    cu_seqlens,
+    chunk_offsets,
+    segment_offsets,
+    SEGMENT,
+    T,
+    N,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """``LAST``: also for the last segment of a sequence, whose map the forward does not need."""
+    NK: tl.constexpr = (K + BV - 1) // BV
+    TILES: tl.constexpr = NK + (V + BV - 1) // BV
+    program = tl.program_id(0)
+    hv = (program // TILES % HV).to(tl.int64)
+    segment = (program // (TILES * HV)).to(tl.int64)
+    _, b, begin, end, _, _, last, exists = segment_of(
+        segment, T, N, SEGMENT, cu_seqlens, chunk_offsets, segment_offsets, C
+    )
+    if not exists:
+        return
+    if not LAST:
+        if last:
+            return
+    tile = program % TILES
+    of_key = tile < NK
+    columns = tl.where(of_key, tile, tile - NK) * BV + tl.arange(0, BV)
+    rows = tl.arange(0, C)
+    in_k = tl.arange(0, BK)
+    mask_k = in_k < K
+    mask_u = columns < tl.where(of_key, 0, V)
+
+    k += b * stride_k_b + begin * stride_k_t + hv // (HV // H) * stride_k_h
+    here = (b * HV + hv) * T + begin
+    W += here * K
+    U += here * V
+    from_start += here
+    to_end += here
+    S_kv = tl.where(of_key & (in_k[:, None] == columns[None, :]), 1.0, 0.0)
+    length = (end - begin).to(tl.int32)
+    for start in range(0, length, C):
+        real = rows < length - start
+        mask_ck = real[:, None] & mask_k[None, :]
+        left = tl.minimum(length - start, C) - 1
+        w_ck = tl.load(W + rows[:, None] * K + in_k[None, :], mask=mask_ck, other=0.0)
+        k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
+        decay_c = tl.load(to_end + rows, mask=real, other=0.0)
+        whole = tl.load(from_start + left)
+        stored_cv = tl.dot(w_ck, S_kv.to(w_ck.dtype), input_precision=PRECISION)
+        # Loaded after the product for the reason given in chunk_forward.scan_kernel.
+        u_cv = tl.load(U + rows[:, None] * V + columns[None, :], mask=real[:, None] & mask_u[None, :], other=0.0)
+        decayed_cv = ((u_cv.to(tl.float32) - stored_cv) * decay_c[:, None]).to(k_ck.dtype)
+        S_kv = tl.dot(tl.trans(k_ck), decayed_cv, S_kv * whole, input_precision=PRECISION)
+        k += C * stride_k_t
+        W += C * K
+        U += C * V
+        from_start += C
+        to_end += C
+    if of_key:
+        M += (segment * HV + hv) * K * K
+        tl.store(M + in_k[:, None] * K + columns[None, :], S_kv, mask=mask_k[:, None] & (columns < K)[None, :])
+    else:
+        B += (segment * HV + hv) * K * V
+        tl.store(B + in_k[:, None] * V + columns[None, :], S_kv, mask=mask_k[:, None] & mask_u[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    M,
+    B,
+    enter,
+    states,
+    leave,
+    segment_offsets,
+    SEGMENT,
+    T,
+    N,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """From ``enter [N, HV, K, V]`` (None: zeros), ``states`` of each segment: before it, or with ``REVERSE`` after it.
+
+    A sequence without segments hands ``enter`` on to ``leave`` (unless None).
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    hv = (program // NV % HV).to(tl.int64)
+    n = (program // (NV * HV)).to(tl.int64)
+    if segment_offsets is None:
+        parts = tl.cdiv(tl.cdiv(T, C), SEGMENT)
+        first = n * parts
+    else:
+        first = tl.load(segment_offsets + n)
+        parts = (tl.load(segment_offsets + n + 1) - first).to(tl.int32)
+    in_k = tl.arange(0, BK)
+    in_v = program % NV * BV + tl.arange(0, BV)
+    mask_k = in_k < K
+    mask_kk = mask_k[:, None] & mask_k[None, :]
+    mask_kv = mask_k[:, None] & (in_v < V)[None, :]
+    offsets_kk = in_k[:, None] * K + in_k[None, :]
+    offsets_kv = in_k[:, None] * V + in_v[None, :]
+    if enter is None:
+        S_kv = tl.zeros([BK, BV], dtype=tl.float32)
+    else:
+        S_kv = tl.load(enter + (n * HV + hv) * K * V + offsets_kv, mask=mask_kv, other=0.0).to(tl.float32)
+    segment = first
+    if REVERSE:
+        segment = first + parts - 1
+    for _ in range(0, parts - 1):
+        at = segment * HV + hv
+        tl.store(states + at * K * V + offsets_kv, S_kv, mask=mask_kv)
+        m_kk = tl.load(M + at * K * K + offsets_kk, mask=mask_kk, other=0.0)
+        b_kv = tl.load(B + at * K * V + offsets_kv, mask=mask_kv, other=0.0)
+        if REVERSE:
+            m_kk = tl.trans(m_kk)
+            segment -= 1
+        else:
+            segment += 1
+        S_kv = tl.dot(m_kk, S_kv, input_precision=PRECISION) + b_kv
+    if parts > 0:
+        tl.store(states + (segment * HV + hv) * K * V + offsets_kv, S_kv, mask=mask_kv)
+    else:
+        if leave is not None:
+            tl.store(leave + (n * HV + hv) * K * V + offsets_kv, S_kv, mask=mask_kv)
+
+
+class Maps(NamedTuple):
+    """``M [segments, HV, K, K]`` and ``B [segments, HV, K, V]``, fp32."""
+
+    M: Tensor
+    B: Tensor
+
+
+def maps(x: IntraChunk, k: Tensor, v: Tensor, table: ChunkTable, last: bool) -> Maps:
+    """The maps of all segments; without ``last``, those of each sequence's last segment are left unwritten."""
+    T, H, K = k.shape[1:]
+    HV, V = v.shape[2:]
+    M = torch.empty((table.segments, HV, K, K), dtype=torch.float32, device=k.device)
+    B = torch.empty((table.segments, HV, K, V), dtype=torch.float32, device=k.device)
+    BK, BV = max(16, triton.next_power_of_2(K)), 32 if k.element_size() == 2 else 16
+    stage = CHUNK * (2 * BK + BV) * k.element_size()
+    stages = max(1, min(3, (chip_of(k).shared_memory - BK * BV * k.element_size()) // stage))
+    launch(map_kernel)[(table.segments * HV * (triton.cdiv(K, BV) + triton.cdiv(V, BV)),)](
+        k=k, W=x.W, U=x.U, from_start=x.from_start, to_end=x.to_end, M=M, B=B, T=T, **strides_of("k", k),
+        H=H, HV=HV, K=K, V=V, BK=BK, BV=BV, C=CHUNK, PRECISION=precision_of(k), LAST=last,
+        **table.segment_arguments(), num_warps=4, num_stages=stages,
+    )  # fmt: skip
+    return Maps(M, B)
+
+
+def combine(
+    x: Maps, enter: Tensor | None, leave: Tensor | None, like: Tensor, T: int, table: ChunkTable, reverse: bool
+) -> Tensor:
+    """The state before each segment (with ``reverse``, its gradient after each) ``[segments, HV, K, V]``.
+
+    ``like`` gives the dtype whose accuracy is wanted; ``leave`` gets ``enter`` for sequences without tokens.
+    """
+    HV, K, V = x.B.shape[1:]
+    states = torch.empty_like(x.B)
+    BK, BV = max(16, triton.next_power_of_2(K)), min(32, max(16, triton.next_power_of_2(V)))
+    launch(combine_kernel)[(table.sequences * HV * triton.cdiv(V, BV),)](
+        M=x.M, B=x.B, enter=enter, states=states, leave=leave, segment_offsets=table.segment_offsets,
+        SEGMENT=table.segment, T=T, N=table.sequences, HV=HV, K=K, V=V, BK=BK, BV=BV, C=CHUNK,
+        PRECISION=precision_of(like), REVERSE=reverse, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return states

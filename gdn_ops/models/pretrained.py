@@ -1,0 +1,120 @@
+"""A model on disk: ``config.json`` and ``model.safetensors`` in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gdn_ops.models.config import HybridConfig
+
+if TYPE_CHECKING:
+    from gdn_ops.models.hybrid import HybridLM
+
+CONFIG_FILE, WEIGHTS_FILE, MODEL_TYPE = "config.json", "model.safetensors", "gdn_hybrid"
+
+
+def save(model: HybridLM, folder: str | os.PathLike) -> None:
+    """See :meth:`gdn_ops.models.HybridLM.save_pretrained`."""
+    save_file, _, _ = _safetensors()
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: expected a folder, got the file {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+    weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    written = []
+    try:
+        for name, write in (
+            (WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"})),
+            (CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n")),
+        ):
+            temporary = folder / f".{name}.{os.getpid()}.tmp"
+            written.append((temporary, folder / name))
+            write(temporary)
+        for temporary, path in written:
+            os.replace(temporary, path)
+    finally:
+        for temporary, _ in written:
+            temporary.unlink(missing_ok=True)
+
+
+def load(
+    cls: type[HybridLM],
+    folder: str | os.PathLike,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> HybridLM:
+    """See :meth:`gdn_ops.models.HybridLM.from_pretrained`."""
+    folder = Path(folder)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype!r}")
+    config = read_config(folder)
+    weights = _read_weights(folder, device)
+    with torch.device("meta"):
+        model = cls(config)
+    _check_weights(model, weights, folder / WEIGHTS_FILE)
+    if dtype is not None:
+        weights = {name: x.to(dtype) for name, x in weights.items()}
+    flags = {name: vars(p).get("_no_weight_decay", False) for name, p in model.named_parameters()}
+    model.load_state_dict(weights, assign=True)
+    for name, p in model.named_parameters():
+        if flags[name]:
+            p._no_weight_decay = True
+    return model
+
+
+def read_config(folder: str | os.PathLike) -> HybridConfig:
+    """The configuration saved in ``folder``."""
+    path = Path(folder) / CONFIG_FILE
+    try:
+        fields = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"folder: expected a saved model with {CONFIG_FILE}, got {folder}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(fields, dict) or fields.pop("model_type", None) != MODEL_TYPE:
+        raise ValueError(f"{path}: expected model_type {MODEL_TYPE!r}, got another file")
+    try:
+        return HybridConfig.from_dict(fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_weights(folder: Path, device) -> dict[str, torch.Tensor]:
+    _, load_file, error_type = _safetensors()
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"folder: expected a saved model with {WEIGHTS_FILE}, got {folder}")
+    try:
+        return load_file(path, device=str(torch.device(device or "cpu")))
+    except error_type as error:
+        raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
+
+
+def _check_weights(model: HybridLM, weights: dict[str, torch.Tensor], path: Path) -> None:
+    expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in weights:
+            raise ValueError(f"{path}: expected the weight {name} {shape}, got none")
+        if tuple(weights[name].shape) != shape:
+            raise ValueError(f"{path}: expected {name} of shape {shape}, got {tuple(weights[name].shape)}")
+        if not weights[name].is_floating_point():
+            raise ValueError(f"{path}: expected {name} in a floating dtype, got {weights[name].dtype}")
+    unknown = sorted(weights.keys() - expected.keys())
+    if unknown:
+        raise ValueError(f"{path}: expected only this model's weights, got {', '.join(unknown)}")
+
+
+def _safetensors() -> tuple[Any, Any, type[Exception]]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file, save_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "saving and loading models needs safetensors: pip install 'gdn-ops[hf]'", name=error.name
+        ) from error
+    return save_file, load_file, SafetensorError

@@ -1,0 +1,77 @@
+"""Rows of unequal length in one batch.
+
+Both mixers are causal, so padding on the *right* of a row never reaches a real token; only the states must be taken at
+the row's own end. Any other mask is brought to that form: real tokens move to the left in order, and results move back.
+With the same code for both, left padding gives exactly what the unpadded rows give.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Padding(NamedTuple):
+    """``slot [B, T]``: where each token stands once the real ones are on the left; ``order`` its inverse; ``lengths``
+    ``[B]``: how many are real. All int64."""
+
+    slot: Tensor
+    order: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, attention_mask: Tensor) -> Padding:
+        """From a mask ``[B, T]``, true or nonzero for real tokens.
+
+        Example::
+
+            >>> Padding.of(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).lengths
+            tensor([2, 3])
+        """
+        real = attention_mask != 0
+        rank_real, rank_padding = real.long().cumsum(1), (~real).long().cumsum(1)
+        lengths = rank_real[:, -1]
+        slot = torch.where(real, rank_real - 1, lengths[:, None] + rank_padding - 1)
+        token = torch.arange(real.shape[1], device=real.device).expand_as(slot)
+        return cls(slot, torch.zeros_like(slot).scatter(1, slot, token), lengths)
+
+    def compact(self, x: Tensor) -> Tensor:
+        """``x [B, T, ...]`` with the real tokens of each row on the left."""
+        return _pick(x, self.order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`compact`."""
+        return _pick(x, self.slot)
+
+
+def real_tokens(lengths: Tensor, T: int) -> Tensor:
+    """``[B, T]``, true for the first ``lengths`` tokens of a row."""
+    return torch.arange(T, device=lengths.device) < lengths[:, None]
+
+
+def check_rows(hidden_states: Tensor, attention_mask, lengths, cu_seqlens) -> None:
+    """ValueError or TypeError unless at most one of the three is given, in the right shape."""
+    B, T = hidden_states.shape[:2]
+    given = {"attention_mask": attention_mask, "lengths": lengths, "cu_seqlens": cu_seqlens}
+    names = [name for name, x in given.items() if x is not None]
+    if len(names) > 1:
+        raise ValueError(f"{names[0]}: expected None together with {names[1]}, got both")
+    for name, shape in (("attention_mask", (B, T)), ("lengths", (B,))):
+        x = given[name]
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != len(shape) or any(a != b for a, b in zip(x.shape, shape)):
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+        if x.is_complex() or (name == "lengths" and (x.is_floating_point() or x.dtype == torch.bool)):
+            raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
+        if x.device != hidden_states.device:
+            raise ValueError(f"{name}: expected device {hidden_states.device}, got {x.device}")
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    index = index.reshape(*index.shape, *(1 for _ in x.shape[2:]))
+    return x.gather(1, index.expand(*index.shape[:2], *x.shape[2:]))

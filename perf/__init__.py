@@ -1,0 +1,12 @@
+"""How fast the operators are, next to what the machine allows and next to others.
+
+Run from the repository's root; nothing of this is installed::
+
+    python -m perf gpu --out DIR          every suite on the CUDA device, ceilings first, within --budget seconds
+    python -m perf op --suite forward     one suite, or one --shape H,HV,N,T,K,V, on CUDA or on the CPU
+    python -m perf cpu                    side by side with Hugging Face's torch functions and ONNX Runtime
+    python -m perf plot CSV... --out DIR  pictures, drawn from the CSV files alone
+
+What is compared runs interleaved in one process, round after round, on inputs that rotate through more memory than the
+cache holds; the CSV gets a line as soon as it is measured. docs/performance.md says what the columns mean.
+"""

@@ -1,0 +1,127 @@
+"""``python -m perf op | gpu | cpu | plot``; see the package's docstring. Needs nothing beyond torch and gdn_ops."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from perf import runs
+from perf.cpu_providers import CPU_PROVIDERS
+from perf.providers import PROVIDERS
+from perf.records import ROOT
+from perf.shapes import DIRECTIONS, DTYPES, SUITES, Shape, parse_shape
+
+RESULTS = ROOT / "perf" / "results"
+
+
+def _shape(text: str) -> Shape:
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _csv(out: Path | None, name: str) -> Path:
+    """A directory gets ``name`` inside it; a file is taken as it is."""
+    out = RESULTS if out is None else out
+    return out if out.suffix == ".csv" else out / name
+
+
+def _chosen(names: Sequence[str] | None, table: dict) -> list:
+    return list(table.values()) if names is None else [table[name] for name in names]
+
+
+def _need_cuda(parser: argparse.ArgumentParser, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("device: expected a CUDA device, and torch finds none; use --device cpu")
+
+
+def op(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    _need_cuda(parser, a.device)
+    tasks = [task for suite in a.suite or [] for task in SUITES[suite]]
+    tasks += [(shape, direction) for shape in a.shape or [] for direction in a.direction or ["forward", "backward"]]
+    if not tasks:
+        parser.error("suite, shape: expected at least one of them, got neither")
+    dtype = a.dtype or ("bf16" if a.device == "cuda" else "fp32")
+    runs.run(tasks, dtype, a.device, _chosen(a.provider, PROVIDERS), _csv(a.out, "op.csv"), a.budget)
+
+
+def gpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    _need_cuda(parser, "cuda")
+    # The head of every suite first, so that a short budget still says something about each.
+    suites = list(SUITES.values())
+    tasks = [suite[0] for suite in suites] + [task for suite in suites for task in suite[1:]]
+    runs.run(tasks, a.dtype, "cuda", _chosen(a.provider, PROVIDERS), _csv(a.out, "gpu.csv"), a.budget)
+
+
+def cpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    torch.set_num_threads(a.threads)
+    shapes = [Shape(16, 32, 1, tokens) for tokens in a.tokens]
+    tasks = [(shape, d) for shape in shapes if shape.T > 1 for d in ("forward", "forward+backward")]
+    tasks += [(shape, "decode") for shape in shapes if shape.T == 1]
+    runs.run(tasks, "fp32", "cpu", _chosen(a.provider, CPU_PROVIDERS), _csv(a.out, "cpu.csv"), a.budget)
+
+
+def warm(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    runs.compile_once([runs.parse_task(text) for text in a.task], a.dtype, _chosen(a.provider, PROVIDERS))
+
+
+def plot(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    from perf.plot import draw
+
+    for path in draw(a.csv, a.out):
+        print(path)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m perf", description="How fast the operators are.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=help_text, description=help_text)
+        sub.set_defaults(run=function, parser=sub)
+        return sub
+
+    def measured(sub: argparse.ArgumentParser, table: dict, budget: float) -> None:
+        sub.add_argument("--provider", action="append", choices=list(table), help="default: all that are installed")
+        sub.add_argument("--budget", type=float, default=budget, metavar="SECONDS", help="wall time (%(default)s)")
+        sub.add_argument("--out", type=Path, help="directory or .csv file (default perf/results)")
+
+    sub = command(op, "Times operators at suites of shapes or at single ones.")
+    sub.add_argument("--suite", action="append", choices=list(SUITES))
+    sub.add_argument("--shape", action="append", type=_shape, metavar="H,HV,N,T,K,V")
+    sub.add_argument("--direction", action="append", choices=DIRECTIONS, help="of --shape; default forward, backward")
+    sub.add_argument("--dtype", choices=list(DTYPES), help="default bf16 on CUDA, fp32 on the CPU")
+    sub.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    measured(sub, PROVIDERS, 120.0)
+
+    sub = command(gpu, "All suites on the CUDA device in one go.")
+    sub.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    measured(sub, PROVIDERS, 150.0)
+
+    sub = command(cpu, "H16/HV32, D=128, fp32 next to transformers and ONNX Runtime.")
+    sub.add_argument("--threads", type=int, default=2)
+    sub.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024, 1])
+    measured(sub, CPU_PROVIDERS, 90.0)
+
+    sub = command(warm, "Compiles what tasks need (started by the other commands).")
+    sub.add_argument("--task", action="append", required=True, metavar="H,HV,N,T,K,V:DIRECTION")
+    sub.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    sub.add_argument("--provider", action="append", choices=list(PROVIDERS))
+
+    sub = command(plot, "Draws PNG files from CSV files.")
+    sub.add_argument("csv", type=Path, nargs="+")
+    sub.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    a = arguments().parse_args(argv)
+    a.run(a.parser, a)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""A run over operators: warms the compilers up, measures row by row within a budget, records each row as it comes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from perf import providers
+from perf.measure import Candidate, Ceilings, clocks_of, describe, floor_of, input_sets, interleave, measure_ceilings
+from perf.providers import Provider, bind_all
+from perf.records import ROOT, Recorder, Row, environment, make_row
+from perf.report import summary
+from perf.shapes import DTYPES, Shape, cost, make_inputs
+
+Task = tuple[Shape, str]
+
+
+def parse_task(text: str) -> Task:
+    """``"16,32,1,8192,128,128:forward"``, as :func:`warm_up` hands work to its processes."""
+    shape, _, direction = text.partition(":")
+    return Shape(*map(int, shape.split(","))), direction
+
+
+def compile_once(tasks: Sequence[Task], dtype: str, who: Sequence[Provider]) -> None:
+    """Runs each task once, so that what it compiles is in the compilers' caches on disk."""
+    for shape, direction in tasks:
+        x = make_inputs(shape, DTYPES[dtype], "cuda")
+        for candidate in bind_all(who, [x], direction)[0]:
+            try:
+                candidate.calls[0]()
+                torch.cuda.synchronize()
+            except Exception as error:  # the measuring process will meet it again and note it in the row
+                print(f"warm-up: {shape} {direction} {candidate.provider}: {describe(error)}", file=sys.stderr)
+
+
+def distinct(tasks: Sequence[Task]) -> list[Task]:
+    """One task, the shortest, of those that compile the same kernels: a length matters only by its alignment."""
+    chosen: dict[tuple, Task] = {}
+    for shape, direction in tasks:
+        key = (*shape._replace(T=shape.T if shape.T == 1 else shape.T % 16), direction)
+        if key not in chosen or shape.T < chosen[key][0].T:
+            chosen[key] = (shape, direction)
+    return list(chosen.values())
+
+
+def warm_up(tasks: Sequence[Task], dtype: str, who: Sequence[Provider], seconds: float) -> None:
+    """:func:`compile_once` in several processes, one task each: heads are constants of the kernels, so that nearly
+    every row compiles its own, and one after another would take longer than all of the measuring."""
+    pending = [",".join(map(str, shape)) + ":" + direction for shape, direction in distinct(tasks)]
+    running: list[subprocess.Popen] = []
+    end, limit = time.perf_counter() + seconds, max(1, min(12, (os.cpu_count() or 2) - 1))
+    while (pending or running) and time.perf_counter() < end:
+        running = [process for process in running if process.poll() is None]
+        while pending and len(running) < limit:
+            command = [sys.executable, "-m", "perf", "warm", "--dtype", dtype, "--task", pending.pop(0)]
+            command += [part for provider in who for part in ("--provider", provider.name)]
+            running.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL))
+        time.sleep(0.05)
+    for process in running:
+        process.kill()
+        process.wait()
+    if pending or running:
+        print(f"warm-up: stopped after {seconds:.0f} s; what is left compiles while it is measured", file=sys.stderr)
+
+
+def measure_task(
+    task: Task, dtype: str, device: str, who: Sequence[Provider], seconds: float, recorder: Recorder,
+    ceilings: Ceilings,
+) -> list[Row]:  # fmt: skip
+    """One shape and direction for every provider; adds the rows to ``recorder`` and returns them."""
+    shape, direction = task
+    least = cost(shape, direction, DTYPES[dtype])
+    floor = floor_of(least, ceilings)
+    count = input_sets(device, least.bytes)
+    sets = [make_inputs(shape, DTYPES[dtype], device, seed) for seed in range(count)]
+    candidates, failed = bind_all(who, sets, direction)
+    errors = _differences(candidates)
+    repeats = max(1, min(16, int(1.0 / (floor.ms * count)))) if device == "cuda" else 1
+    measured = interleave(candidates, clocks_of(device), seconds, repeats) + failed
+    peak = providers.peak_memory(sets[0]) if direction in ("backward", "forward+backward") else None
+    rows = [
+        make_row(
+            shape, direction, dtype, m, least, floor, ceilings, errors.get(m.provider),
+            peak if m.provider == providers.OURS else None,
+        )
+        for m in measured
+    ]  # fmt: skip
+    for row in rows:
+        recorder.add(row)
+    return rows
+
+
+def _differences(candidates: Sequence[Candidate]) -> dict[str, float]:
+    """Of each peer's result from ours, on the first set of inputs: fast and wrong is not fast."""
+    results = {}
+    for candidate in candidates:
+        try:
+            results[candidate.provider] = providers.first_result(candidate.calls[0]).detach()
+        except Exception:  # the clock meets the same error and notes it
+            continue
+    ours = results.pop(providers.OURS, None)
+    return {} if ours is None else {name: providers.difference(x, ours) for name, x in results.items()}
+
+
+def run(
+    tasks: Sequence[Task], dtype: str, device: str, who: Sequence[Provider], csv: Path, budget: float, warm: bool = True
+) -> list[Row]:
+    """Measures ``tasks`` in order within ``budget`` seconds (compilation included) and prints the summary.
+
+    Providers that are not installed are named first; tasks that the budget leaves no time for are named at the end.
+    """
+    start = time.perf_counter()
+    missing = providers.absent(who)
+    for name, reason in missing.items():
+        print(f"absent: {name}: {reason}")
+    who = [provider for provider in who if provider.name not in missing]
+    if warm and device == "cuda":
+        warm_up(tasks, dtype, who, 0.6 * budget)
+        print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    ceilings = measure_ceilings(device, DTYPES[dtype])
+    env = environment(device, ceilings)
+    recorder, skipped = Recorder(csv, env), []
+    for i, task in enumerate(tasks):
+        left = budget - (time.perf_counter() - start)
+        if left <= 0:
+            skipped.append(task)
+            continue
+        # On a GPU most of a row's share goes to making inputs and capturing graphs; two seconds are plenty of samples.
+        share = left / (len(tasks) - i)
+        seconds = min(2.0, share / 3) if device == "cuda" else 0.8 * share
+        for row in measure_task(task, dtype, device, who, seconds, recorder, ceilings):
+            shown = "-" if row.p50_ms is None else f"{row.p50_ms:.4g} ms, {row.ratio:.2f} x floor"
+            print(f"{row.shape} {row.direction} {row.provider}: {shown} {row.note}".rstrip(), flush=True)
+    print("\n" + summary(recorder.rows, env, providers.OURS))
+    for shape, direction in skipped:
+        print(f"not measured, the budget of {budget:.0f} s was spent: {shape} {direction}")
+    print(f"\n{len(recorder.rows)} rows in {csv}, {time.perf_counter() - start:.0f} s")
+    return recorder.rows

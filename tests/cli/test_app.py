@@ -1,0 +1,67 @@
+"""The command line itself: help, errors of use, and what it costs to ask."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def test_help_lists_the_commands(gdn):
+    result = gdn("--help")
+    assert result.code == 0 and not result.err
+    assert {"doctor", "train", "generate", "export"} <= set(result.out.split())
+    for command in ("doctor", "train", "generate", "export"):
+        assert gdn(command, "--help").out.startswith(f"Usage: gdn {command}")
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["fly"], "No such command 'fly'"),
+        (["--fly"], "No such option"),
+        (["train", "--out", "x"], "Missing option '--steps'"),
+        (["train", "--out", "x", "--steps", "many"], "--steps: expected an integer of at least 1, got 'many'"),
+        (["train", "--out", "x", "--steps", "0"], "--steps: expected an integer of at least 1, got '0'"),
+        (["train", "--out", "x", "--steps", "1", "--lr", "0"], "--lr: expected a number above 0, got '0'"),
+        (
+            ["train", "--out", "x", "--steps", "1", "--clip", "nan"],
+            "--clip: expected a number of at least 0, got 'nan'",
+        ),
+        (["generate", "x", "--top-p", "1.5"], "--top-p: expected a number above 0 and at most 1, got '1.5'"),
+        (["export", "x", "--out", "y", "--target", "wasm"], "'wasm' is not one of 'aoti'"),
+        (["generate"], "Missing argument 'DIR'"),
+    ],
+)
+def test_errors_of_use_are_one_line(gdn, args, told):
+    result = gdn(*args)
+    assert result.code == 2 and not result.out
+    assert told in result.err and result.err.startswith("gdn") and result.err.count("\n") == 1
+
+
+def test_a_defect_keeps_its_traceback(gdn, monkeypatch):
+    from gdn_ops.cli import doctor
+
+    monkeypatch.setattr(doctor, "examine", lambda: {}["absent"])
+    with pytest.raises(KeyError, match="absent"):
+        gdn("doctor")
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from gdn_ops.cli import main\n"
+        "sys.argv = ['gdn', 'train', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = ('matplotlib', 'tokenizers', 'safetensors', 'torch._dynamo', 'torch._inductor', 'gdn_ops.models')\n"
+        "print([name for name in sys.modules if name.startswith(heavy)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_says_what_to_install_where_typer_is_missing():
+    code = "import sys\nsys.modules['typer'] = None\nfrom gdn_ops.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr == "gdn: needs typer: pip install 'gdn-ops[train]'\n"

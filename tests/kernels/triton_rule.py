@@ -1,0 +1,79 @@
+"""The rule's Triton entry points by name of result, and how each is held against the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.kernels.interpreter import call
+from tests.oracle import GRADIENTS, assert_all_close, cotangents, expected
+
+INPUTS = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens")
+LOW = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *LOW)
+
+
+def scale_of(x: dict) -> float:
+    return x["q"].shape[-1] ** -0.5
+
+
+def forward(x: dict, entry: str = "chunk_forward:chunk_forward", output_final_state: bool = True) -> dict[str, Tensor]:
+    o, final_state = call(entry, *(x[n] for n in INPUTS), scale_of(x), output_final_state).result
+    assert o.is_contiguous() and o.dtype == x["v"].dtype and final_state.dtype == torch.float32
+    if not output_final_state:
+        assert final_state.shape[0] == 0
+        return {"o": o}
+    return {"o": o, "final_state": final_state}
+
+
+def backward(x: dict, do: Tensor, ds: Tensor | None) -> dict[str, Tensor]:
+    """Gradients by name, in the dtypes of what they are gradients of."""
+    arguments = (do, ds, *(x[n] for n in INPUTS), scale_of(x))
+    grads = call("chunk_backward:chunk_backward", *arguments).result
+    results = {"d" + n: grad for n, grad in zip(GRADIENTS, grads)}
+    if x["initial_state"] is None:
+        assert results.pop("dinitial_state").shape[0] == 0
+    for n, grad in results.items():
+        assert grad.dtype == x[n[1:]].dtype, n
+    return results
+
+
+def chunk(x: dict, do: Tensor, ds: Tensor) -> dict[str, Tensor]:
+    return {**forward(x), **backward(x, do, ds)}
+
+
+def check_chunk(x: dict, dtype: torch.dtype | None = None, do: Tensor | None = None) -> dict[str, Tensor]:
+    """Values and every gradient of the chunk kernels inside the table."""
+    made, ds = cotangents(x)
+    do = made if do is None else do
+    got = chunk(x, do, ds)
+    assert_all_close(got, expected(x, scale_of(x), do=do, ds=ds), dtype or x["q"].dtype)
+    return got
+
+
+def check_recurrent(x: dict, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    got = forward(x, "recurrent:recurrent_forward")
+    assert_all_close(got, expected(x, scale_of(x)), dtype or x["q"].dtype)
+    return got
+
+
+def one_projection(x: dict) -> dict:
+    """q, k, v cut from one projection and g, beta from another, an odd column into it: no row is aligned."""
+    q, k, v = (x[n] for n in "qkv")
+    fused = torch.cat([q[..., :1, :1].flatten(2), q.flatten(2), k.flatten(2), v.flatten(2)], dim=-1)
+    parts = fused.split([1, *(t[0, 0].numel() for t in (q, k, v))], dim=-1)[1:]
+    g, beta = torch.cat([x["g"], x["beta"]], dim=-1).chunk(2, dim=-1)
+    return {**x, **{n: part.unflatten(2, x[n].shape[2:]) for n, part in zip("qkv", parts)}, "g": g, "beta": beta}
+
+
+def head_first(x: dict) -> dict:
+    names = ("q", "k", "v", "g", "beta")
+    return {**x, **{n: x[n].transpose(1, 2).contiguous().transpose(1, 2) for n in names}}
+
+
+def last_strided(x: dict) -> dict:
+    names = ("q", "k", "v", "g", "beta")
+    return {**x, **{n: torch.stack([x[n], x[n] * 0 + 9], dim=-1).flatten(-2)[..., ::2] for n in names}}
+
+
+LAYOUTS = (one_projection, head_first, last_strided)
