@@ -152,7 +152,7 @@ def _language_model_plans(model: nn.Module) -> dict[str, Plan]:
     inputs = ["input_ids", *states]
     return {
         "prefill": Plan(Prefill(model), (ids, state), {}, ({0: batch, 1: length}, state_dims), inputs, states),
-        "step": Plan(Step(model), (ids[:, 0], state), {}, ({0: batch}, state_dims), inputs, states),
+        "step": Plan(Step(model), (ids[:, 0].contiguous(), state), {}, ({0: batch}, state_dims), inputs, states),
     }
 
 

@@ -174,3 +174,15 @@ def test_the_package_says_which_version_it_is():
     import gdn_ops
 
     assert f'version = "{gdn_ops.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_wheel_holds_every_package_and_nothing_else():
+    """The list in pyproject.toml names each package of FOLDERS; what is no .py file is there by a pattern."""
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = ast.literal_eval(text[text.index("packages = [") :].removeprefix("packages = ").split("]")[0] + "]")
+    assert sorted(listed) == sorted(module_name(path) for path in FILES if path.name == "__init__.py")
+    data = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()}
+    data = {name for name in data if not name.endswith((".py", ".pyc"))}
+    assert data == {"py.typed", "cpu_kernels.cpp", "cpu_kernels.h", "cpu_shims.cpp"}
+    assert 'gdn_ops = ["py.typed"]' in text and '"gdn_ops.lowering" = ["*.cpp", "*.h"]' in text
+    assert 'gdn = "gdn_ops.cli:main"' in text

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gdn_ops.cli.errors import Failure, UserError, at_the_door
+from gdn_ops.cli.errors import Failure, UserError, at_the_door, need
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,11 +71,13 @@ def command(
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     threads = f" (threads: {torch.get_num_threads()})" if chosen.type == "cpu" else ""
     console.print(measure.table(rows, f"{out}: {chosen.type}{threads}, {dtype.value}"), markup=False)
-    console.print(f"tokens/s: one sequence, prefill of {measure.LENGTH}, then {measure.STEPS} steps, median of rounds")
+    calls = f"a prefill of {measure.LENGTH} tokens, then {measure.STEPS} steps"
+    console.print(f"tokens/s: one sequence, {calls}; medians of {measure.ROUNDS} rounds at most", markup=False)
 
 
 def _aoti(model: nn.Module, out: Path) -> Callable[[Path], list[Row]]:
     """Writes the packages; gives the function that measures them beside eager."""
+    need("setuptools", "gdn export --target aoti", "export")  # torch's list of C++ include folders comes with it
     from gdn_ops.cli import measure
     from gdn_ops.export import ParityError, export_aoti, load_package
 
@@ -93,12 +95,15 @@ def _aoti(model: nn.Module, out: Path) -> Callable[[Path], list[Row]]:
     def finish(directory: Path) -> list[Row]:
         package = load_package(out)
         speeds = measure.speeds({"eager": model, "aoti": package}, package.device, model.config.vocab_size)
+        parities = measure.parities(result.parity["cases"])
         weights = directory / "model.safetensors"
-        files = list(result.files.values())
-        names = ", ".join(path.name for path in files)
-        return [
-            measure.Row("eager", weights.name, measure.file_size([weights]), None, *speeds["eager"]),
-            measure.Row("aoti", names, measure.file_size(files), result.parity["max_error"], *speeds["aoti"]),
+        rows = [
+            measure.Row("eager", name, weights.name, weights.stat().st_size, None, speeds["eager"][name])
+            for name in result.files
+        ]
+        return rows + [
+            measure.Row("aoti", name, path.name, path.stat().st_size, parities[name], speeds["aoti"][name])
+            for name, path in result.files.items()
         ]
 
     return finish

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from gdn_ops.cli.errors import UserError, at_the_door
+from gdn_ops.cli.errors import UserError, at_the_door, need
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = N
         newest = checkpoint.newest(folder)
         hint = "" if newest is None else f" (its training has not ended; the last checkpoint is {newest})"
         raise UserError(f"DIR: expected config.json and model.safetensors in it, got {folder} without them{hint}")
+    need("safetensors", "a model's folder", "hf")
     with at_the_door("DIR"):
         return HybridLM.from_pretrained(folder, device=device, dtype=dtype).eval()
 

@@ -1,4 +1,4 @@
-"""What an export is worth: one row a target with its files, their size, the error against eager, and its speed.
+"""What an export is worth: one row a program of a target, with its file, size, error against eager, and speed.
 
 Speed is measured on the artifact itself with one sequence: prefill of LENGTH tokens, and decode steps. The targets take
 turns, so that a machine that slows down slows all of them, and the median of the rounds counts.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,19 +19,20 @@ LENGTH, STEPS, ROUNDS, SECONDS = 512, 32, 5, 20.0
 
 
 class Row(NamedTuple):
-    """``size`` in bytes; ``parity`` the largest relative RMS error of any result against eager; speeds in tokens/s."""
+    """``program`` is ``prefill`` or ``step``; ``size`` in bytes; ``parity`` the largest relative RMS error of any of
+    its results against eager, None for eager itself; ``speed`` in tokens/s."""
 
     target: str
+    program: str
     file: str
     size: int
     parity: float | None
-    prefill: float
-    decode: float
+    speed: float
 
 
 @torch.no_grad()
-def speeds(runners: dict[str, Runner], device: torch.device, vocab_size: int) -> dict[str, tuple[float, float]]:
-    """Tokens/s of prefill and of decode, by name; ROUNDS rounds, fewer if they take more than SECONDS."""
+def speeds(runners: dict[str, Runner], device: torch.device, vocab_size: int) -> dict[str, dict[str, float]]:
+    """Tokens/s by target and program; ROUNDS rounds, fewer if they take more than SECONDS."""
     ids = torch.randint(vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     start = time.perf_counter()
@@ -44,7 +44,10 @@ def speeds(runners: dict[str, Runner], device: torch.device, vocab_size: int) ->
         if turn and time.perf_counter() - start > SECONDS:
             break
     return {
-        name: (LENGTH / statistics.median(a for a, _ in taken), STEPS / statistics.median(b for _, b in taken))
+        name: {
+            "prefill": LENGTH / statistics.median(prefill for prefill, _ in taken),
+            "step": STEPS / statistics.median(decode for _, decode in taken),
+        }
         for name, taken in times.items()
     }
 
@@ -75,8 +78,13 @@ def _timed(device: torch.device, call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def file_size(paths: list[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
+def parities(cases: list[dict[str, Any]]) -> dict[str, float]:
+    """The largest error of each program among the cases of a parity report."""
+    worst: dict[str, float] = {}
+    for case in cases:
+        if "error" in case:
+            worst[case["program"]] = max(worst.get(case["program"], 0.0), case["error"])
+    return worst
 
 
 def table(rows: list[Row], title: str) -> Any:
@@ -85,12 +93,11 @@ def table(rows: list[Row], title: str) -> Any:
     from rich.table import Table
 
     shown = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
-    for name in ("target", "file"):
+    for name in ("target", "program", "file"):
         shown.add_column(name, overflow="fold")
-    for name in ("size", "parity error", "prefill tokens/s", "decode tokens/s"):
+    for name in ("size", "parity error", "tokens/s"):
         shown.add_column(name, justify="right")
     for row in rows:
         parity = "(reference)" if row.parity is None else f"{row.parity:.1e}"
-        size = f"{row.size / 1e6:.2f} MB"
-        shown.add_row(row.target, row.file, size, parity, f"{row.prefill:,.0f}", f"{row.decode:,.0f}")
+        shown.add_row(row.target, row.program, row.file, f"{row.size / 1e6:.2f} MB", parity, f"{row.speed:,.0f}")
     return shown

@@ -10,8 +10,11 @@ import typer
 from gdn_ops.cli.errors import UserError
 
 
+LARGEST = 2**63 - 1  # the largest seed that torch takes
+
+
 def whole(name: str, least: int, help: str) -> Any:
-    """An option for an integer of at least ``least``."""
+    """An option for an integer from ``least`` to LARGEST."""
 
     def parse(value: Any) -> int:
         try:
@@ -20,6 +23,8 @@ def whole(name: str, least: int, help: str) -> Any:
             number = None
         if number is None or number < least:
             raise UserError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        if number > LARGEST:
+            raise UserError(f"{name}: expected an integer of at most 2**63 - 1, got {value!r}")
         return number
 
     return typer.Option(name, parser=parse, metavar="N", help=help)

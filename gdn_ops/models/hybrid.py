@@ -27,6 +27,7 @@ from gdn_ops.models.config import HybridConfig
 from gdn_ops.models.mixers import MIXERS
 from gdn_ops.nn import Padding, RMSNorm, SwiGLU
 from gdn_ops.nn.padding import check_rows
+from gdn_ops.nn.sliding_window_attention import check_position
 from gdn_ops.ops import save_list
 
 State = dict[str, Any]
@@ -166,14 +167,15 @@ class HybridLM(nn.Module):
                 -100 is not scored, nor is anything across a boundary of packed sequences or at padding. The loss is
                 the mean over what is scored, 0 if that is nothing.
             state: as :meth:`init_state` gives it, or an earlier call; a new one is returned. None: none is.
-            cu_seqlens: ``[N + 1]`` int32 or int64 bounds of sequences packed along T; B is 1.
+            cu_seqlens: ``[N + 1]`` int32 or int64 bounds of sequences packed along T; B is 1. A model with attention
+                takes no state with it.
             attention_mask: ``[B, T]``, 1 for real tokens, 0 for padding on any side.
 
         Raises:
             ValueError, TypeError: naming the argument.
         """
         self._check_ids(input_ids, "input_ids", 2)
-        check_rows(input_ids, attention_mask, None, cu_seqlens)
+        check_rows(input_ids, "input_ids", attention_mask, None, cu_seqlens)
         if labels is not None:
             self._check_labels(labels, input_ids)
         padding = None if attention_mask is None else Padding.of(attention_mask)
@@ -194,7 +196,7 @@ class HybridLM(nn.Module):
         """As :meth:`prefill`, but logits ``[B, vocab_size]`` of each row's last real token only: at a vocabulary of
         32000, all of a long prompt's would be far larger than the rest of the computation."""
         self._check_ids(input_ids, "input_ids", 2)
-        check_rows(input_ids, attention_mask, None, None)
+        check_rows(input_ids, "input_ids", attention_mask, None, None)
         if attention_mask is None:
             x, state = self._stream(input_ids, self._required(state), None, None)
             return self._logits(x[:, -1]), state
@@ -240,7 +242,7 @@ class HybridLM(nn.Module):
             [torch.Size([1]), torch.Size([1])]
         """
         self._check_ids(input_ids, "input_ids", 2)
-        check_rows(input_ids, attention_mask, None, None)
+        check_rows(input_ids, "input_ids", attention_mask, None, None)
         sampling = generation.Sampling(temperature, top_k, top_p, generator)
         generation.check(sampling, max_new_tokens, eos_token_id, self.config.vocab_size)
         return generation.stream(self, input_ids, max_new_tokens, sampling, eos_token_id, attention_mask)
@@ -284,7 +286,7 @@ class HybridLM(nn.Module):
     def _stream(self, ids, state, cu_seqlens, lengths) -> tuple[Tensor, State | None]:
         """Hidden states after the last norm, and the new state."""
         if state is not None:
-            self._check_state(state)
+            self._check_state(state, ids, cu_seqlens)
         x = self.embedding(ids)
         run = self._block_runner(state)
         layers = {}
@@ -296,6 +298,8 @@ class HybridLM(nn.Module):
         x = self.norm(x)
         if state is None:
             return x, None
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff().long()
         return x, {"layers": layers, "position": state["position"] + (ids.shape[1] if lengths is None else lengths)}
 
     def _layer_state(self, state: State, index: int) -> dict[str, Tensor]:
@@ -345,7 +349,7 @@ class HybridLM(nn.Module):
                 expected = f"{IGNORED} or tokens in [0, {self.config.vocab_size})"
                 raise ValueError(f"labels: expected {expected}, got {int(wrong[0])}")
 
-    def _check_state(self, state: State) -> None:
+    def _check_state(self, state: State, ids: Tensor, cu_seqlens: Tensor | None) -> None:
         """The structure; each mixer checks its own tensors."""
         if not isinstance(state, dict) or state.keys() != {"layers", "position"}:
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
@@ -354,6 +358,8 @@ class HybridLM(nn.Module):
         if not isinstance(state["layers"], dict) or sorted(state["layers"]) != sorted(expected):
             got = sorted(state["layers"]) if isinstance(state["layers"], dict) else type(state["layers"]).__name__
             raise ValueError(f"state['layers']: expected a dict of {', '.join(expected)}, got {got}")
+        rows = ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        check_position(state["position"], rows, ids.device)
 
     def _required(self, state: State | None) -> State:
         if state is None:

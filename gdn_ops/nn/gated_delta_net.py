@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gdn_ops.functional import causal_conv1d, chunk_gated_delta_rule, recurrent_gated_delta_rule
 from gdn_ops.nn.norm import GatedRMSNorm, RMSNorm
-from gdn_ops.nn.padding import Padding, check_rows, real_tokens
+from gdn_ops.nn.padding import Padding, check_hidden_states, check_rows, real_tokens
 from gdn_ops.validation import state as check_state
 
 DECAY_RANGE = (0.0, 16.0)
@@ -80,7 +80,7 @@ class GatedDeltaNet(nn.Module):
         self.head_k_dim, self.head_v_dim = _head_dims(hidden_size, num_heads, head_k_dim, head_v_dim, expand_v)
         self.conv_size, self.use_short_conv = conv_size, use_short_conv
         self.use_gate, self.allow_neg_eigval = use_gate, allow_neg_eigval
-        if num_heads < 1 or self.num_v_heads < 1 or self.num_v_heads % num_heads:
+        if self.num_v_heads < 1 or self.num_v_heads % num_heads:
             raise ValueError(f"num_v_heads: expected a multiple of num_heads={num_heads}, got {num_v_heads}")
         if use_short_conv and not 2 <= conv_size <= 4:
             raise ValueError(f"conv_size: expected 2 to 4, got {conv_size}")
@@ -161,7 +161,8 @@ class GatedDeltaNet(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument.
         """
-        check_rows(hidden_states, attention_mask, lengths, cu_seqlens)
+        check_hidden_states(hidden_states, self.qkv_proj.weight)
+        check_rows(hidden_states, "hidden_states", attention_mask, lengths, cu_seqlens)
         self._check_state(state, hidden_states, cu_seqlens)
         output_state = output_state or state is not None
         if attention_mask is None:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gdn_ops.validation import _cu_seqlens as check_cu_seqlens
+
 
 class Padding(NamedTuple):
     """``slot [B, T]``: where each token stands once the real ones are on the left; ``order`` its inverse; ``lengths``
@@ -51,9 +53,24 @@ def real_tokens(lengths: Tensor, T: int) -> Tensor:
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
-def check_rows(hidden_states: Tensor, attention_mask, lengths, cu_seqlens) -> None:
-    """ValueError or TypeError unless at most one of the three is given, in the right shape."""
-    B, T = hidden_states.shape[:2]
+def check_hidden_states(x: Tensor, weight: Tensor) -> None:
+    """ValueError or TypeError unless ``x`` is ``[B, T, D]`` and fits the projection ``weight [out, D]``.
+
+    Under autocast the projection takes any floating dtype; elsewhere its own.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"hidden_states: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 3 or x.shape[2] != weight.shape[1]:
+        raise ValueError(f"hidden_states: expected shape [B, T, {weight.shape[1]}], got {tuple(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"hidden_states: expected device {weight.device} (as the weights), got {x.device}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"hidden_states: expected dtype {weight.dtype} (as the weights), got {x.dtype}")
+
+
+def check_rows(rows: Tensor, name_of_rows: str, attention_mask, lengths, cu_seqlens) -> None:
+    """ValueError or TypeError unless at most one of the three is given and fits ``rows [B, T, ...]``."""
+    B, T = rows.shape[:2]
     given = {"attention_mask": attention_mask, "lengths": lengths, "cu_seqlens": cu_seqlens}
     names = [name for name, x in given.items() if x is not None]
     if len(names) > 1:
@@ -68,8 +85,14 @@ def check_rows(hidden_states: Tensor, attention_mask, lengths, cu_seqlens) -> No
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
         if x.is_complex() or (name == "lengths" and (x.is_floating_point() or x.dtype == torch.bool)):
             raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
-        if x.device != hidden_states.device:
-            raise ValueError(f"{name}: expected device {hidden_states.device}, got {x.device}")
+        if x.device != rows.device:
+            raise ValueError(f"{name}: expected device {rows.device}, got {x.device}")
+    if lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = lengths[(lengths < 0) | (lengths > T)]
+        if wrong.numel():
+            raise ValueError(f"lengths: expected numbers of tokens in [0, {T}], got {int(wrong[0])}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, rows, name_of_rows)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

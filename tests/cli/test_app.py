@@ -24,6 +24,7 @@ def test_help_lists_the_commands(gdn):
         (["train", "--out", "x"], "Missing option '--steps'"),
         (["train", "--out", "x", "--steps", "many"], "--steps: expected an integer of at least 1, got 'many'"),
         (["train", "--out", "x", "--steps", "0"], "--steps: expected an integer of at least 1, got '0'"),
+        (["generate", "x", "--seed", 2**64], "--seed: expected an integer of at most 2**63 - 1"),
         (["train", "--out", "x", "--steps", "1", "--lr", "0"], "--lr: expected a number above 0, got '0'"),
         (
             ["train", "--out", "x", "--steps", "1", "--clip", "nan"],
@@ -59,6 +60,23 @@ def test_help_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "told"),
+    [
+        ("safetensors", ["generate", "{trained}"], "a model's folder needs safetensors: pip install 'gdn-ops[hf]'"),
+        ("safetensors", ["train", "--steps", 1, "--out", "{out}"], "needs safetensors: pip install 'gdn-ops[hf]'"),
+        ("matplotlib", ["train", "--steps", 1, "--out", "{out}"], "needs matplotlib: pip install 'gdn-ops[train]'"),
+        ("setuptools", ["export", "{trained}", "--out", "{out}"], "needs setuptools: pip install 'gdn-ops[export]'"),
+    ],
+)
+def test_names_the_extra_that_is_missing(gdn, trained, tmp_path, monkeypatch, module, args, told):
+    monkeypatch.setitem(sys.modules, module, None)
+    fill = {"{trained}": trained, "{out}": tmp_path / "out"}
+    result = gdn(*(fill.get(word, word) for word in args))
+    assert result.code == 2 and told in result.err and "Traceback" not in result.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_says_what_to_install_where_typer_is_missing():

@@ -18,17 +18,22 @@ from gdn_ops.cli.folders import replacing
 def test_the_table_is_what_was_measured(trained, exported):
     out, result = exported
     manifest = verify(out)
-    rows = {row["target"]: measure.Row(**row) for row in json.loads((out / "measured.json").read_text())}
-    assert list(rows) == ["eager", "aoti"]
-    assert rows["aoti"].size == sum(entry["size"] for entry in manifest["programs"].values())
-    assert rows["eager"].size == (trained / "model.safetensors").stat().st_size
-    assert rows["aoti"].parity == json.loads((out / "parity.json").read_text())["max_error"] < 1e-4
-    assert rows["eager"].parity is None
-    for name in ("prefill.pt2, step.pt2", "model.safetensors", f"{rows['aoti'].parity:.1e}"):
-        assert name in result.out
-    for row in rows.values():
-        line = next(line for line in result.out.splitlines() if line.split()[:1] == [row.target])
-        assert f"{row.prefill:,.0f}" in line and f"{row.decode:,.0f}" in line and f"{row.size / 1e6:.2f} MB" in line
+    rows = [measure.Row(**row) for row in json.loads((out / "measured.json").read_text())]
+    programs = manifest["programs"]
+    cases = json.loads((out / "parity.json").read_text())["cases"]
+    assert [(row.target, row.program) for row in rows] == [
+        ("eager", "prefill"), ("eager", "step"), ("aoti", "prefill"), ("aoti", "step"),
+    ]  # fmt: skip
+    for row in rows[:2]:
+        assert (row.file, row.size) == ("model.safetensors", (trained / "model.safetensors").stat().st_size)
+        assert row.parity is None
+    for row in rows[2:]:
+        assert (row.file, row.size) == (f"{row.program}.pt2", programs[row.program]["size"])
+        assert row.parity == max(case["error"] for case in cases if case["program"] == row.program) < 1e-4
+    for row in rows:
+        line = next(line for line in result.out.splitlines() if line.split()[:2] == [row.target, row.program])
+        parity = "(reference)" if row.parity is None else f"{row.parity:.1e}"
+        assert line.split()[2:] == [row.file, f"{row.size / 1e6:.2f}", "MB", parity, f"{row.speed:,.0f}"]
     assert {path.name for path in out.iterdir()} == {
         "manifest.json", "measured.json", "parity.json", "prefill.pt2", "step.pt2", "text.json",
     }  # fmt: skip
@@ -49,9 +54,20 @@ def test_the_artifact_writes_what_eager_writes(gdn, trained, exported):
     assert drawn[0].out == drawn[1].out and len(drawn[0].out) > 40
 
 
-def test_speeds_are_of_the_calls_made():
+def test_parity_is_the_worst_case_of_each_program():
+    cases = [
+        {"program": "prefill", "case": "T=1", "error": 1e-7},
+        {"program": "step", "case": "a", "error": 3e-7},
+        {"program": "prefill", "case": "T=C", "error": 2e-7},
+        {"program": "step", "case": "b", "skipped": "no"},
+    ]
+    assert measure.parities(cases) == {"prefill": 2e-7, "step": 3e-7}
+
+
+def test_speeds_are_of_the_calls_made(monkeypatch):
     """Targets take turns, and tokens/s is tokens over the seconds that a call took."""
-    calls = []
+    calls, now = [], [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
     class Clockwork:
         def __init__(self, name):
@@ -62,14 +78,17 @@ def test_speeds_are_of_the_calls_made():
 
         def prefill(self, ids, state):
             calls.append((self.name, tuple(ids.shape)))
+            now[0] += 0.5 if self.name == "a" else 0.25
             return torch.zeros(*ids.shape, 4), state
 
         def step(self, ids, state):
             calls.append((self.name, "step"))
+            now[0] += 0.01
             return torch.zeros(1, 4), state
 
     speeds = measure.speeds({"a": Clockwork("a"), "b": Clockwork("b")}, torch.device("cpu"), 4)
-    assert set(speeds) == {"a", "b"} and all(x > 0 for pair in speeds.values() for x in pair)
+    assert speeds["a"] == {"prefill": pytest.approx(measure.LENGTH / 0.5), "step": pytest.approx(100)}
+    assert speeds["b"] == {"prefill": pytest.approx(measure.LENGTH / 0.25), "step": pytest.approx(100)}
     prefills = [name for name, what in calls if what == (1, measure.LENGTH)]
     assert prefills == ["a", "b"] * (measure.ROUNDS + 1)
     assert calls.count(("b", "step")) == measure.STEPS * (measure.ROUNDS + 1)

@@ -1,11 +1,15 @@
 """Builds every Triton kernel for chips that are not there, and says what each build takes of its chip.
 
-    python -m tests.kernels.compile_report [--targets sm_90 gfx942] [--modules chunk_forward] [--out FILE]
+    python -m tests.kernels.compile_report [--targets sm_90 gfx942] [--groups 'bf16 128/128'] [--out FILE]
 
-prints one line a build and writes them all as CSV: shared memory against the chip's limit, registers a thread, and
-bytes a thread that were spilled to memory (ptxas: stores + loads; AMD: spilled vector registers). No GPU is needed. The
-cases are those of each module's ``ahead_of_time_cases()``, taken as if on the target, with the tiles that the launchers
-choose there. The committed CSV is what ``test_triton_compile.py`` holds the kernels to.
+prints one line a build and writes them as CSV: shared memory against the chip's limit, registers a thread, and bytes a
+thread that were spilled to memory (ptxas: stores + loads; AMD: spilled vector registers). No GPU is needed. A group is
+a module's ``ahead_of_time_cases()`` (under its name), or the chunk kernels at one dtype and head size; all are taken as
+if on the target, with the tiles, warps and stages that the launchers choose there.
+
+Rows already in FILE stay if the kernel's source, its configuration and Triton's version are what they were, so an
+interrupted report goes on where it stopped, and after a change only what changed is built. Everything for five chips
+takes over an hour of one core: fp32 on sm_90 and sm_100, where products are exact, is most of it.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import hashlib
 import importlib
 import io
 import multiprocessing
@@ -20,28 +25,44 @@ import os
 import pkgutil
 import re
 import tempfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import gdn_ops.kernels.triton as package
 from gdn_ops.kernels.triton.chip import CHIPS, as_if_on
-from gdn_ops.kernels.triton.compile_case import CompileCase
+from gdn_ops.kernels.triton.chunk_backward import chunk_backward
+from gdn_ops.kernels.triton.chunk_forward import chunk_forward
+from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
 
 TARGETS = tuple(CHIPS)
-RECORD = Path(__file__).parents[2] / "perf" / "results" / "kernel_resources.csv"
+RECORD = Path(__file__).parents[2] / "perf" / "results" / "compile.csv"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HEADS = ((64, 64), (128, 128), (256, 256), (192, 384), (256, 512))  # K, V
+BATCHES = {"few": 2, "many": 64}  # sequences: few are cut into segments, many fill any chip with wider tiles
 
 
 class Build(NamedTuple):
-    """One kernel in one configuration for one chip; ``error`` is empty where it compiled."""
+    """One kernel in one configuration for one chip; ``error`` is empty where it compiled.
+
+    ``K`` and ``V`` are the kernel's own (empty where it has none), ``tile`` its block sizes; ``key`` stands for the
+    kernel's source and configuration.
+    """
 
     target: str
+    kernel: str
     case: str
+    dtype: str
+    K: str
+    V: str
+    tile: str
     num_warps: int
     num_stages: int
     shared_bytes: int
@@ -49,28 +70,81 @@ class Build(NamedTuple):
     registers: int
     spill_bytes: int
     triton: str
+    key: str
     error: str
 
 
-def kernels_of(module) -> dict[str, triton.JITFunction]:
-    """The kernels that ``module`` itself defines."""
-    found = {n: x for n, x in vars(module).items() if n.endswith("_kernel") and isinstance(x, triton.JITFunction)}
-    return {n: x for n, x in found.items() if x.fn.__module__ == module.__name__}
+def modules() -> dict[str, object]:
+    """Every module of kernels by its short name."""
+    names = [info.name for info in pkgutil.iter_modules(package.__path__)]
+    return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+
+
+def jit_functions() -> list[triton.JITFunction]:
+    """Everything of the package that ``@triton.jit`` decorates: kernels, and functions that they call."""
+    return [
+        x
+        for module in modules().values()
+        for x in vars(module).values()
+        if isinstance(x, triton.JITFunction) and x.fn.__module__ == module.__name__
+    ]
+
+
+def called_by(kernel: triton.JITFunction) -> list[triton.JITFunction]:
+    """The package's own functions that a kernel calls, directly or not."""
+    found: dict[str, triton.JITFunction] = {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop()
+        for name in sorted(set(re.findall(r"\w+", function.src))):
+            callee = function.fn.__globals__.get(name)
+            ours = isinstance(callee, triton.JITFunction) and callee.fn.__module__.startswith(package.__name__)
+            if ours and callee is not function and name not in found:
+                found[name] = callee
+                waiting.append(callee)
+    return [found[name] for name in sorted(found)]
+
+
+def _rule_cases(dtype: str, K: int, V: int) -> list[CompileCase]:
+    """Forward and backward of the chunkwise rule, grouped values, dense, with states, at both sizes of batch."""
+    cases = []
+    for size, B in BATCHES.items():
+        T, H, HV = 2048, 2, 4
+        q = torch.empty(B, T, H, K, dtype=DTYPES[dtype], device="meta")
+        v = torch.empty(B, T, HV, V, dtype=DTYPES[dtype], device="meta")
+        gates = torch.empty(B, T, HV, device="meta")
+        state = torch.empty(B, HV, K, V, device="meta")
+        inputs = (q, q, v, gates, gates, state, None, 0.1)
+        label = f"{dtype} {K}/{V} {size}"
+        cases += cases_of_call(f"forward {label}", chunk_forward, *inputs, True)
+        cases += cases_of_call(f"backward {label}", chunk_backward, v, state, *inputs)
+    return cases
 
 
 @cache
-def modules() -> dict[str, object]:
-    """The modules that have cases, by their short names."""
-    names = [info.name for info in pkgutil.iter_modules(package.__path__)]
-    found = {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
-    return {name: module for name, module in found.items() if hasattr(module, "ahead_of_time_cases")}
+def groups() -> dict[str, Callable[[], list[CompileCase]]]:
+    """Where cases come from, by name."""
+    found = {name: m.ahead_of_time_cases for name, m in modules().items() if hasattr(m, "ahead_of_time_cases")}
+    for dtype in DTYPES:
+        found.update({f"{dtype} {K}/{V}": partial(_rule_cases, dtype, K, V) for K, V in HEADS})
+    return found
 
 
-def cases_of(target: str, module: str) -> list[CompileCase]:
-    """The cases of one module on one chip, each configuration once."""
+def key_of(case: CompileCase, target: str) -> str:
+    sources = [case.kernel.src, *(function.src for function in called_by(case.kernel))]
+    known = "\n".join([*sources, target, str(case[2:]), triton.__version__])
+    return hashlib.sha256(known.encode()).hexdigest()[:12]
+
+
+@cache
+def cases_of(target: str, names: tuple[str, ...]) -> dict[str, CompileCase]:
+    """The cases of some groups as if on ``target``, by key: each configuration once, under its first name."""
+    found: dict[str, CompileCase] = {}
     with as_if_on(CHIPS[target]):
-        cases = modules()[module].ahead_of_time_cases()
-    return list({(case.kernel.fn.__name__, str(case[2:])): case for case in reversed(cases)}.values())[::-1]
+        for name in names:
+            for case in groups()[name]():
+                found.setdefault(key_of(case, target), case)
+    return found
 
 
 def compile_case(case: CompileCase, target: str) -> tuple[triton.compiler.CompiledKernel, str]:
@@ -106,55 +180,75 @@ def _registers_and_spills(kernel, said: str) -> tuple[int, int]:
     return max(map(int, re.findall(r"Used (\d+) registers", said))), sum(map(int, spills))
 
 
-_built: dict[tuple, Build] = {}
-
-
 def build(case: CompileCase, target: str) -> Build:
-    """Compiles one case; modules share kernels, and a process builds each configuration once."""
-    key = (target, case.kernel.fn.__name__, str(case[2:]))
-    if key not in _built:
-        limit = CHIPS[target].shared_memory
-        try:
-            kernel, said = compile_case(case, target)
-            taken = (kernel.metadata.shared, limit, *_registers_and_spills(kernel, said))
-            error = ""
-        except Exception as e:
-            taken, error = (0, limit, 0, 0), f"{type(e).__name__}: {e.__cause__ or e}"
-        _built[key] = Build(target, "", case.num_warps, case.num_stages, *taken, triton.__version__, error)
-    return _built[key]._replace(case=case.name)
+    """Compiles one case; a failure is a row too."""
+    limit, constants = CHIPS[target].shared_memory, case.constexprs
+    try:
+        kernel, said = compile_case(case, target)
+        taken, error = (kernel.metadata.shared, limit, *_registers_and_spills(kernel, said)), ""
+    except Exception as e:
+        taken, error = (0, limit, 0, 0), f"{type(e).__name__}: {e.__cause__ or e}"
+    tile = " ".join(f"{name}={constants[name]}" for name in ("BT", "BK", "BV", "BD", "BN", "BR") if name in constants)
+    dtype = re.search(r"bf16|fp16|fp32", case.name)
+    return Build(
+        target, case.kernel.fn.__name__, case.name.split("/" + case.kernel.fn.__name__)[0], dtype[0] if dtype else "",
+        str(constants.get("K", "")), str(constants.get("V", "")), tile, case.num_warps, case.num_stages, *taken,
+        triton.__version__, key_of(case, target), error,
+    )  # fmt: skip
 
 
-def builds(target: str, module: str) -> list[Build]:
-    return [build(case, target) for case in cases_of(target, module)]
+def _build_of(target: str, key: str, names: tuple[str, ...]) -> Build:
+    """For a process pool: a kernel cannot be pickled, what makes it can."""
+    return build(cases_of(target, names)[key], target)
 
 
-def _line(x: Build) -> str:
+def read(path: Path) -> dict[str, Build]:
+    """The rows of a report by key; none if there is no such file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = [Build(**row) for row in csv.DictReader(file)]
+    numbers = ("num_warps", "num_stages", "shared_bytes", "shared_limit", "registers", "spill_bytes")
+    return {row.key: row._replace(**{name: int(getattr(row, name)) for name in numbers}) for row in rows}
+
+
+def write(path: Path, rows: Iterable[Build]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Build._fields)
+        writer.writerows(rows)
+
+
+def line(x: Build) -> str:
     taken = f"{x.shared_bytes:>7} of {x.shared_limit}  {x.registers:>3} registers  {x.spill_bytes:>5} spilled"
-    return f"{x.target:7} {x.case:52} {x.num_warps} warps {x.num_stages} stages  {x.error[:60] or taken}"
+    where = f"{x.kernel} ({x.case}; {x.tile})"
+    return f"{x.target:7} {where:80} {x.num_warps} warps {x.num_stages} stages  {x.error[:60] or taken}"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.compile_report", description=__doc__.split("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--modules", nargs="+", choices=tuple(modules()), default=tuple(modules()))
-    parser.add_argument("--out", type=Path, help=f"CSV to write (default for a full report: {RECORD.name})")
+    parser.add_argument("--groups", nargs="+", choices=tuple(groups()), default=tuple(groups()))
+    parser.add_argument("--out", type=Path, help="CSV to bring up to date (without it, builds are only printed)")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
-    everything = set(options.targets) == set(TARGETS) and set(options.modules) == set(modules())
-    out = options.out or (RECORD if everything else None)
-    jobs = [(target, module) for target in options.targets for module in options.modules]
-    rows = []
+    known = read(options.out) if options.out else {}
+    names = tuple(options.groups)
+    wanted = {target: cases_of(target, names) for target in options.targets}
+    if set(names) == set(groups()):
+        current = {key for cases in wanted.values() for key in cases}
+        known = {key: row for key, row in known.items() if key in current or row.target not in wanted}
+    # Chip by chip within a group, so that what an interrupted report has, it has for all chips.
+    ordered = sorted((i, target, key) for target, cases in wanted.items() for i, key in enumerate(cases))
+    jobs = [(target, key) for _, target, key in ordered if key not in known]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool:
-        for group in pool.map(builds, *zip(*jobs)):
-            rows += group
-            print("\n".join(map(_line, group)), flush=True)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(Build._fields)
-            writer.writerows(rows)
+        for row in pool.map(partial(_build_of, names=names), *zip(*jobs)) if jobs else ():
+            known[row.key] = row
+            print(line(row), flush=True)
+            if options.out:
+                write(options.out, sorted(known.values(), key=lambda x: (TARGETS.index(x.target), x.kernel, x.case)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import pickle
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,17 +37,34 @@ class Call(NamedTuple):
     args: tuple
 
 
-def call(entry: str, *args: Any) -> Call:
-    """``call("causal_conv1d:forward", *args)``. Tensors keep their strides; the caller's CPU tensors do not change."""
+@contextmanager
+def cutting(shortest_segment: int | None = None, batch_invariant: bool = False) -> Iterator[None]:
+    """Inside, a segment may be as short as ``shortest_segment`` chunks; with ``batch_invariant``, none is cut."""
+    segments = importlib.import_module(f"{PACKAGE}.segments")
+    usual = segments.SHORTEST
+    segments.SHORTEST = shortest_segment or usual
+    try:
+        with segments.batch_invariant() if batch_invariant else nullcontext():
+            yield
+    finally:
+        segments.SHORTEST = usual
+
+
+def call(entry: str, *args: Any, **cut: Any) -> Call:
+    """``call("causal_conv1d:forward", *args)``. Tensors keep their strides; the caller's CPU tensors do not change.
+
+    ``cut`` is what :func:`cutting` takes; it matters to the chunk kernels.
+    """
     device = next(x.device.type for x in args if isinstance(x, torch.Tensor))
     if device == "cuda":
         module, function = entry.split(":")
-        result = getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)(*args)
+        with cutting(**cut):
+            result = getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)(*args)
         torch.cuda.synchronize()
         return Call(result, args)
     process = _interpreter()
     try:
-        pickle.dump((entry, args), process.stdin)
+        pickle.dump((entry, args, cut), process.stdin)
         process.stdin.flush()
         error, outcome = pickle.load(process.stdout)
     except (EOFError, BrokenPipeError) as e:
@@ -106,7 +125,7 @@ def _serve(requests, answers) -> None:
     _poison_fresh_memory()
     while True:
         try:
-            entry, args = pickle.load(requests)
+            entry, args, cut = pickle.load(requests)
         except EOFError:
             return
         try:
@@ -115,7 +134,8 @@ def _serve(requests, answers) -> None:
             kernels = [x for name, x in vars(module).items() if name.endswith("_kernel")]
             if not kernels or not all(isinstance(kernel, InterpretedFunction) for kernel in kernels):
                 raise RuntimeError(f"{module_name}: expected interpreted kernels, got {kernels}")
-            answer = None, (getattr(module, function)(*args), args)
+            with cutting(**cut):
+                answer = None, (getattr(module, function)(*args), args)
         except Exception:
             answer = traceback.format_exc(), None
         pickle.dump(answer, answers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 FIRST_TWO = (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("B, T, H, HV, K, V", [(2, 1, 1, 2, 16, 16), (1, 63, 2, 2, 16, 32), (1, 130, 1, 2, 32, 24)])
+@pytest.mark.parametrize("B, T, H, HV, K, V", [(1, 63, 2, 2, 16, 32), (1, 130, 1, 2, 32, 24)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lengths_and_dtypes(device, dtype, B, T, H, HV, K, V):
     check_chunk(make_inputs(B, T, H, HV, K, V, dtype, device, initial_state=True))
@@ -48,6 +50,17 @@ def test_head_dimensions_of_one(device):
     check_chunk(make_inputs(1, 66, 1, 1, 1, 1, device=device, initial_state=True))
 
 
+@pytest.mark.parametrize("K, V, dtype", [(8, 24, torch.bfloat16), (24, 8, torch.float16), (1, 1, torch.float16)])
+def test_heads_narrower_than_a_tensor_core(device, K, V, dtype):
+    """They are computed in fp32, and come back in their own dtype."""
+    check_chunk(make_inputs(1, 66, 1, 2, K, V, dtype, device, initial_state=True))
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 1], [0, 0, 1, 1]], ids=["dense", "packed", "empty neighbours"])
+def test_one_token(device, bounds):
+    check_chunk(make_inputs(1, 1, 1, 2, 16, 24, torch.float16, device, initial_state=True, cu_seqlens=bounds))
+
+
 @pytest.mark.parametrize("K, V, dtype", [(192, 384, torch.float32), (256, 512, torch.bfloat16)])
 def test_wide_heads(device, dtype, K, V):
     check_chunk(make_inputs(1, 66, 1, 1, K, V, dtype, device, initial_state=True))
@@ -72,7 +85,7 @@ def test_packed_equals_separate(device):
     x = make_inputs(1, bounds[-1], 1, 2, 16, 16, device=device, initial_state=True, cu_seqlens=bounds)
     do, ds = cotangents(x)
     got = chunk(x, do, ds)
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+    for n, (begin, end) in enumerate(pairwise(bounds)):
         here, state = slice(begin, end), slice(n, n + 1)
         part = {name: t[:, here] for name, t in x.items() if name in ("q", "k", "v", "g", "beta")}
         part |= {"initial_state": x["initial_state"][state], "cu_seqlens": None}
@@ -103,6 +116,15 @@ def test_neighbours_and_the_tail_leak_nothing(device):
     do, ds = (c.to(device) for c in cotangents(x))
     want = expected(whole, scale_of(x), do=do[:, :90], ds=ds)
     assert_all_close({n: t if "state" in n else t[:, :90] for n, t in clean.items()}, want, torch.bfloat16)
+
+
+def test_tokens_of_no_sequence_are_zeros(device):
+    """All sequences are empty, and there are tokens."""
+    x = make_inputs(1, 70, 1, 2, 16, 16, device=device, initial_state=True, cu_seqlens=[0, 0, 0])
+    do, ds = cotangents(x)
+    got = chunk(x, do, ds)
+    assert torch.equal(got.pop("final_state"), x["initial_state"]) and torch.equal(got.pop("dinitial_state"), ds)
+    assert not any(t.any() for t in got.values())
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 0, 0]], ids=["dense", "packed"])

@@ -17,8 +17,10 @@ def scale_of(x: dict) -> float:
     return x["q"].shape[-1] ** -0.5
 
 
-def forward(x: dict, entry: str = "chunk_forward:chunk_forward", output_final_state: bool = True) -> dict[str, Tensor]:
-    o, final_state = call(entry, *(x[n] for n in INPUTS), scale_of(x), output_final_state).result
+def forward(
+    x: dict, entry: str = "chunk_forward:chunk_forward", output_final_state: bool = True, **cut
+) -> dict[str, Tensor]:
+    o, final_state = call(entry, *(x[n] for n in INPUTS), scale_of(x), output_final_state, **cut).result
     assert o.is_contiguous() and o.dtype == x["v"].dtype and final_state.dtype == torch.float32
     if not output_final_state:
         assert final_state.shape[0] == 0
@@ -26,10 +28,10 @@ def forward(x: dict, entry: str = "chunk_forward:chunk_forward", output_final_st
     return {"o": o, "final_state": final_state}
 
 
-def backward(x: dict, do: Tensor, ds: Tensor | None) -> dict[str, Tensor]:
+def backward(x: dict, do: Tensor, ds: Tensor | None, **cut) -> dict[str, Tensor]:
     """Gradients by name, in the dtypes of what they are gradients of."""
     arguments = (do, ds, *(x[n] for n in INPUTS), scale_of(x))
-    grads = call("chunk_backward:chunk_backward", *arguments).result
+    grads = call("chunk_backward:chunk_backward", *arguments, **cut).result
     results = {"d" + n: grad for n, grad in zip(GRADIENTS, grads)}
     if x["initial_state"] is None:
         assert results.pop("dinitial_state").shape[0] == 0
@@ -38,15 +40,16 @@ def backward(x: dict, do: Tensor, ds: Tensor | None) -> dict[str, Tensor]:
     return results
 
 
-def chunk(x: dict, do: Tensor, ds: Tensor) -> dict[str, Tensor]:
-    return {**forward(x), **backward(x, do, ds)}
+def chunk(x: dict, do: Tensor, ds: Tensor, **cut) -> dict[str, Tensor]:
+    """Outputs and gradients of the chunk kernels; ``cut`` is what :func:`tests.kernels.interpreter.cutting` takes."""
+    return {**forward(x, **cut), **backward(x, do, ds, **cut)}
 
 
-def check_chunk(x: dict, dtype: torch.dtype | None = None, do: Tensor | None = None) -> dict[str, Tensor]:
+def check_chunk(x: dict, dtype: torch.dtype | None = None, do: Tensor | None = None, **cut) -> dict[str, Tensor]:
     """Values and every gradient of the chunk kernels inside the table."""
     made, ds = cotangents(x)
     do = made if do is None else do
-    got = chunk(x, do, ds)
+    got = chunk(x, do, ds, **cut)
     assert_all_close(got, expected(x, scale_of(x), do=do, ds=ds), dtype or x["q"].dtype)
     return got
 

@@ -6,21 +6,24 @@ Inside a chunk, with ``c = cumsum(g)`` and ``D_ij = exp(c_i - c_j)`` for ``i >= 
     V' = T (V - exp(c) * (K S))                   O = scale * exp(c) * (Q S) + P V'
     S <- exp(c_C) S + K^T (exp(c_C - c) * V')
 
-The chain from state to state is three products a chunk; everything else is done for a whole segment at once. The
+The chain from state to state is a few products a chunk; everything else is done for a whole segment at once. The
 inverse is a triangular solve (forward substitution), so repeated keys stay accurate; ``c`` is summed in fp64, because a
 strong gate early in a chunk would otherwise cost the digits of the weak ones after it.
 
-The backward runs the same scan, keeping the state before each chunk, ``K S`` and ``V'``, and then goes back, last chunk
-first, with ``dS`` the gradient of the state after the chunk::
+The backward runs the same scan, keeping the state before each chunk, ``K S``, ``Q S`` and ``V'``, and then goes back,
+last chunk first, with ``dS`` the gradient of the state after the chunk::
 
     dV' = P^T dO + exp(c_C - c) * (K dS)          X = inverse^T dV'          dV = beta * X
-    dS <- exp(c_C) dS + (scale * exp(c) * Q)^T dO - K^T (beta * exp(c) * X)
+    L = [-beta * exp(c) * X; scale * exp(c) * dO]     d[K; Q] = L S^T + ...      dS <- exp(c_C) dS + [K; Q]^T L
 
 after which the rest is products of the chunk's own: ``dP = dO V'^T``, ``dA = -X V'^T``, and what follows from them.
 Source: arXiv 2412.06464, section 3.3; the gradients are checked against autograd in the tests.
 
-A segment is as many chunks as keep its matrices in the cache: whole sequences at a time (the first form of this
-file) spent half of its time moving temporaries through memory.
+Two layouts keep the products few and large. What belongs to a value head alone lies *by head*, ``[B, H, G, C, V]`` with
+``G = HV // H``. What meets a key or a query lies *side by side*, ``[B, H, C, G, V]``, and so does the state,
+``[B, H, K, G, V]``: keys stacked on queries, ``[2C, K]``, then read the states of a whole group in one product
+``[2C, K] x [K, G V]``, and nothing is repeated for the group. Pointwise steps take one layout and leave the other
+behind, so that changing over costs nothing.
 """
 
 from __future__ import annotations
@@ -32,21 +35,21 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-# Elements of one [n, B, HV, C, C] tensor of a segment.
-SEGMENT = 2**19
+# Elements of one [n, B, HV, C, C] tensor of a segment, and elements of the states of one block of heads for each
+# thread: a state is read and written once a chunk and should stay in the second-level cache meanwhile.
+SEGMENT = 2**18
+STATES = 2**17
 
 
 class _Segment(NamedTuple):
-    """``n`` chunks of ``C`` tokens, state left out; all tensors ``[n, B * HV, ...]``, contiguous.
+    """``n`` chunks of ``C`` tokens, state and values left out; a leading ``n`` everywhere, gone in :meth:`chunk`.
 
-    ``q, k [C, K]``, ``v [C, V]``; ``beta, from_start, to_end [C, 1]``, ``whole [1, 1]``: the decays from the chunk's
-    start to a token, from there to its end, and over all of it; ``kk`` is ``strict_lower(K K^T) * D``, and the upper
-    triangle of ``D`` holds ones.
+    ``kq [n, B * H, 2C, K]`` is keys stacked on queries. By head, ``[n, B, H, G, ...]``: ``beta, from_start, to_end
+    [C, 1]`` and ``whole [1, 1]``, the decays from the chunk's start to a token, from there to its end, and over all of
+    it; ``D, inverse, T, P [C, C]``, and ``kk``, which is ``strict_lower(K K^T) * D``.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    kq: Tensor
     beta: Tensor
     D: Tensor
     kk: Tensor
@@ -56,6 +59,9 @@ class _Segment(NamedTuple):
     from_start: Tensor
     to_end: Tensor
     whole: Tensor
+
+    def chunk(self, i: int) -> _Segment:
+        return _Segment(*(x[i] for x in self))
 
 
 class _Span(NamedTuple):
@@ -79,55 +85,51 @@ def _spans(v: Tensor) -> list[_Span]:
     return [*spans, _Span(whole * CHUNK, 1, T % CHUNK)] if T % CHUNK else spans
 
 
+def _head_blocks(q: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
+    """Key heads and their value heads, a block after the other."""
+    (B, _, H, K), (HV, V) = q.shape, v.shape[2:]
+    G = HV // H
+    step = min(H, max(1, STATES * torch.get_num_threads() // (B * G * K * V)))
+    return [(slice(h, h + step), slice(h * G, (h + step) * G)) for h in range(0, H, step)]
+
+
 def _chunks_of(x: Tensor, span: _Span) -> Tensor:
     """View ``[n, B, h, C, width]`` of the span's tokens in ``x [B, T, h, width]``."""
     tokens = x[:, span.start : span.start + span.n * span.C]
     return tokens.unflatten(1, (span.n, span.C)).permute(1, 0, 3, 2, 4)
 
 
-def _gather(x: Tensor, span: _Span, heads: int, dtype: torch.dtype) -> Tensor:
-    """``[n, B * heads, C, width]`` of ``x [B, T, h, width]``, each head repeated ``heads // h`` times."""
-    B, _, h, width = x.shape
-    out = torch.empty(span.n, B, h, heads // h, span.C, width, dtype=dtype, device=x.device)
-    return out.copy_(_chunks_of(x, span).unsqueeze(3)).view(span.n, B * heads, span.C, width)
+def _by_group(x: Tensor, span: _Span, H: int) -> Tensor:
+    """View ``[n, B, H, G, C, width]`` of the span's tokens in ``x [B, T, HV, width]``."""
+    return _chunks_of(x, span).unflatten(2, (H, -1))
 
 
-def _by_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """``[B * heads, T, width]`` of ``x [B, T, h, width]``, a view where it can be; as :func:`_gather` otherwise."""
-    B, T, h, width = x.shape
-    x = x.to(dtype).transpose(1, 2)
-    if h != heads:
-        x = x.unsqueeze(2).expand(B, h, heads // h, T, width)
-    return x.reshape(B * heads, T, width)
+def _across(x: Tensor) -> Tensor:
+    """View of one layout as the other: by head ``[..., G, C, width]``, side by side ``[..., C, G, width]``."""
+    return x.transpose(-3, -2)
 
 
-def _scatter(x: Tensor, span: _Span, out: Tensor) -> None:
-    """Writes ``x [n, B * h, C, width]`` to the span's tokens of ``out [B, T, h, width]``."""
-    _chunks_of(out, span).copy_(x.unflatten(1, (out.shape[0], out.shape[2])))
+def _matrices(x: Tensor) -> Tensor:
+    """``[N, rows, columns]`` of ``[..., rows, columns]``, for ``bmm``; a view of a contiguous ``x``."""
+    return x.flatten(0, -3)
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    return torch.bmm(x.flatten(0, 1), y.flatten(0, 1)).unflatten(0, x.shape[:2])
+def _wide(x: Tensor) -> Tensor:
+    """``[B * H, rows, G * V]`` of ``[B, H, rows, G, V]``, for ``bmm``; a view of a contiguous ``x``."""
+    return x.flatten(0, 1).flatten(2)
 
 
-def _accumulate(out: Tensor, x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
-    """``out += alpha * x @ y``."""
-    out.flatten(0, 1).baddbmm_(x.flatten(0, 1), y.flatten(0, 1), alpha=alpha)
-    return out
+def _state_in(state: Tensor, H: int) -> Tensor:
+    """``[B, H, K, G, V]``, a fresh tensor, of ``[B, HV, K, V]``."""
+    return _across(state.unflatten(1, (H, -1))).clone(memory_format=torch.contiguous_format)
+
+
+def _state_out(state: Tensor) -> Tensor:
+    return _across(state).reshape(state.shape[0], -1, state.shape[2], state.shape[4])
 
 
 def _row_dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1, keepdim=True)
-
-
-def _per_key_head(x: Tensor, heads: int) -> Tensor:
-    """View ``[n, heads, C, K]`` of ``q`` or ``k`` repeated for the value heads."""
-    return x.unflatten(1, (heads, -1))[:, :, 0]
-
-
-def _group(x: Tensor, heads: int) -> Tensor:
-    """View ``[n, heads, HV // H, ...]`` of ``[n, B * HV, ...]``, with ``heads`` the number ``B * H``."""
-    return x.unflatten(1, (heads, -1))
 
 
 def _inverse(A: Tensor) -> Tensor:
@@ -149,32 +151,34 @@ def _inverse(A: Tensor) -> Tensor:
 
 
 def _intra_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, span: _Span) -> _Segment:
-    dtype, HV, heads = _compute_dtype(q), v.shape[2], q.shape[0] * q.shape[2]
-    q, k, v = (_gather(x, span, HV, dtype) for x in (q, k, v))
-    beta = _gather(beta[..., None], span, HV, dtype)
-    c = _gather(g[..., None], span, HV, torch.float64).cumsum(2)
-    end = c[:, :, -1:]
+    dtype, (B, _, H, K), C = _compute_dtype(q), q.shape, span.C
+    kq = torch.empty(span.n, B, H, 2 * C, K, dtype=dtype, device=q.device)
+    kq[..., :C, :], kq[..., C:, :] = _chunks_of(k, span), _chunks_of(q, span)
+    beta = _by_group(beta[..., None], span, H).to(dtype, memory_format=torch.contiguous_format)
+    c = _by_group(g[..., None], span, H).to(torch.float64, memory_format=torch.contiguous_format).cumsum(-2)
+    end = c[..., -1:, :]
     D = (c - c.mT).tril_().to(dtype).exp_()
-    k_h, q_h = _per_key_head(k, heads), _per_key_head(q, heads)
-    kk = (_product(k_h, k_h.mT).tril_(-1).unsqueeze(2) * _group(D, heads)).flatten(1, 2)
-    P = (_product(q_h, k_h.mT).tril_().mul_(scale).unsqueeze(2) * _group(D, heads)).flatten(1, 2)
-    inverse = _inverse((kk * beta).flatten(0, 1)).view_as(kk)
+    pairs = _matrices(kq)
+    pairs = torch.bmm(pairs, pairs[:, :C].mT).view(span.n, B, H, 1, 2 * C, C)
+    kk, P = pairs[..., :C, :].tril(-1) * D, pairs[..., C:, :].tril().mul_(scale) * D
+    inverse = _inverse(_matrices(kk * beta)).view_as(kk)
     return _Segment(
-        q, k, v, beta, D, kk, inverse, T=inverse * beta.mT, P=P,
+        kq.flatten(1, 2), beta, D, kk, inverse, T=inverse * beta.mT, P=P,
         from_start=c.exp().to(dtype), to_end=(end - c).exp().to(dtype), whole=end.exp().to(dtype),
     )  # fmt: skip
 
 
-def _scan(x: _Segment, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Fills ``states [n + 1, B * HV, K, V]`` from the first; returns what was read, ``K S``, and written, ``V'``."""
-    read, written = torch.empty_like(x.v), torch.empty_like(x.v)
-    for i in range(x.v.shape[0]):
-        torch.bmm(x.k[i], states[i], out=read[i])
-        missing = torch.addcmul(x.v[i], read[i], x.from_start[i], value=-1)
-        torch.bmm(x.T[i], missing, out=written[i])
-        after = torch.mul(states[i], x.whole[i], out=states[i + 1])
-        after.baddbmm_(x.k[i].mT, torch.mul(written[i], x.to_end[i], out=missing))
-    return read, written
+def _write(x: _Segment, v: Tensor, S: Tensor, after: Tensor, read: Tensor, missing: Tensor, written: Tensor) -> None:
+    """One chunk: from its state ``S`` fills ``read [B, H, 2C, G, V]`` with ``[K; Q] S``, ``written`` with ``V'``
+    (``missing``, as ``v`` by head, is room for what lies between) and ``after`` with the next state (may be ``S``)."""
+    C = written.shape[-2]
+    torch.bmm(x.kq, _wide(S), out=_wide(read))
+    torch.addcmul(v, _across(read[:, :, :C]), x.from_start, value=-1, out=missing)
+    torch.bmm(_matrices(x.T), _matrices(missing), out=_matrices(written))
+    decayed = missing.view(*missing.shape[:2], C, -1, missing.shape[-1])
+    torch.mul(_across(written), _across(x.to_end), out=decayed)
+    torch.mul(S, _across(x.whole), out=after)
+    _wide(after).baddbmm_(x.kq[:, :C].mT, _wide(decayed))
 
 
 def _start(q: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
@@ -216,16 +220,37 @@ def _chunk_dense(q, k, v, g, beta, S, scale):
         return o, S
     if v.shape[1] == 1:
         return _recurrent_dense(q, k, v, g, beta, S, scale)
-    shape, S = S.shape, S.flatten(0, 1)
+    final = torch.empty_like(S)
+    for keys, values in _head_blocks(q, v):
+        parts = q[:, :, keys], k[:, :, keys], *(x[:, :, values] for x in (v, g, beta, o))
+        final[:, values] = _chunk_heads(*parts, S[:, values], scale)
+    return o, final
+
+
+def _chunk_heads(q, k, v, g, beta, o, S, scale) -> Tensor:
+    """Fills ``o`` and returns the final state."""
+    H, S = q.shape[2], _state_in(S, q.shape[2])
     for span in _spans(v):
-        x = _intra_chunk(q, k, v, g, beta, scale, span)
-        states = S.new_empty(span.n + 1, *S.shape)
-        states[0] = S
-        _, written = _scan(x, states)
-        inside = _product(x.q, states[:-1]).mul_(x.from_start * scale)
-        _scatter(_accumulate(inside, x.P, written), span, o)
-        S = states[-1]
-    return o, S.clone().view(shape)
+        segment = _intra_chunk(q, k, v, g, beta, scale, span)
+        values, outputs = _by_group(v, span, H), _by_group(o, span, H)
+        missing, written = (S.new_empty(values.shape[1:]) for _ in range(2))
+        read = S.new_empty(*S.shape[:2], 2 * span.C, *S.shape[3:])
+        for i in range(span.n):
+            x = segment.chunk(i)
+            _write(x, values[i], S, S, read, missing, written)
+            inside = torch.bmm(_matrices(x.P), _matrices(written)).view_as(written)
+            torch.addcmul(inside, _across(read[:, :, span.C :]), x.from_start, value=scale, out=outputs[i])
+    return _state_out(S)
+
+
+def _by_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """``[B * heads, T, width]`` of ``x [B, T, h, width]``, a view where it can be, each head repeated ``heads // h``
+    times."""
+    B, T, h, width = x.shape
+    x = x.to(dtype).transpose(1, 2)
+    if h != heads:
+        x = x.unsqueeze(2).expand(B, h, heads // h, T, width)
+    return x.reshape(B * heads, T, width)
 
 
 def _recurrent_dense(q, k, v, g, beta, S, scale):
@@ -254,46 +279,73 @@ def recurrent_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output
     return _forward(_recurrent_dense, q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state)
 
 
-def _reverse_scan(x: _Segment, do: Tensor, do_decayed: Tensor, dstates: Tensor) -> tuple[Tensor, Tensor]:
-    """Fills ``dstates [n + 1, B * HV, K, V]`` from its last row; returns ``K dS`` and ``X``."""
-    read, X = torch.empty_like(x.v), torch.empty_like(x.v)
-    decayed_beta = x.beta * x.from_start
-    for i in reversed(range(x.v.shape[0])):
-        torch.bmm(x.k[i], dstates[i + 1], out=read[i])
-        dwritten = torch.bmm(x.P[i].mT, do[i]).addcmul_(read[i], x.to_end[i])
-        torch.bmm(x.inverse[i].mT, dwritten, out=X[i])
-        before = torch.mul(dstates[i + 1], x.whole[i], out=dstates[i]).baddbmm_(x.q[i].mT, do_decayed[i])
-        before.baddbmm_(x.k[i].mT, torch.mul(X[i], decayed_beta[i], out=dwritten), alpha=-1)
-    return read, X
+class _Kept(NamedTuple):
+    """What the forward leaves for the backward: a segment's chunks, the state before each ``[n, B, H, K, G, V]``,
+    ``[K; Q] S`` side by side and ``V'`` by head."""
+
+    segment: _Segment
+    states: Tensor
+    read: Tensor
+    written: Tensor
 
 
-def _segment_gradients(x: _Segment, do, dstates, states, read, written, scale, heads) -> tuple[Tensor, ...]:
-    """Gradients of the segment's q, k ``[n, B * H, C, K]``, v, g and beta ``[n, B * HV, C, .]``; fills ``dstates``."""
-    do_decayed = do * (x.from_start * scale)
-    dread, X = _reverse_scan(x, do, do_decayed, dstates)
-    S, dS = states, dstates[1:]
-    dq = _product(do_decayed, S.mT)
-    dc = _row_dot(dq, x.q)
-    dk = _accumulate(_product(written * x.to_end, dS.mT), X * (x.beta * x.from_start), S.mT, alpha=-1)
-    dfrom_start = _row_dot(X, read).mul_(x.from_start)
-    dlog_end = _row_dot(written, dread).mul_(x.to_end)
-    dP, dA = _product(do, written.mT), _product(X, written.mT).neg_()
-    dA_kk = dA * x.kk
-    dbeta = _row_dot(X, x.v) - dfrom_start + dA_kk.sum(-1, keepdim=True)
+def _forward_kept(q, k, v, g, beta, S, scale) -> list[_Kept]:
+    H, kept = q.shape[2], []
+    for span in _spans(v):
+        segment, values = _intra_chunk(q, k, v, g, beta, scale, span), _by_group(v, span, H)
+        states = S.new_empty(span.n + 1, *S.shape)
+        states[0] = S
+        read, written = S.new_empty(span.n, *S.shape[:2], 2 * span.C, *S.shape[3:]), S.new_empty(values.shape)
+        missing = S.new_empty(values.shape[1:])
+        for i in range(span.n):
+            _write(segment.chunk(i), values[i], states[i], states[i + 1], read[i], missing, written[i])
+        S = states[-1]
+        kept.append(_Kept(segment, states[:-1], read, written))
+    return kept
+
+
+def _segment_gradients(kept: _Kept, v: Tensor, do: Tensor, dS: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Gradients of the segment's ``[K; Q]``, as ``kq``, and of v, g, beta by head; ``dS`` goes back in place."""
+    x, states, read, written = kept
+    n, C = written.shape[0], written.shape[-2]
+    Xdo = dS.new_empty(*v.shape[:-2], 2 * C, v.shape[-1])
+    X, do = Xdo[..., :C, :], Xdo[..., C:, :].copy_(do)
+    left, dkq = torch.empty_like(read), torch.empty_like(x.kq)
+    torch.mul(_across(do), _across(x.from_start * scale), out=left[..., C:, :, :])
+    minus_beta, dlog_end, dlog_whole = x.beta * -x.from_start, [], []
+    decayed, dread = (torch.empty_like(left[0, :, :, :C], memory_format=torch.contiguous_format) for _ in range(2))
+    for i in reversed(range(n)):
+        chunk = x.chunk(i)
+        torch.bmm(chunk.kq[:, :C], _wide(dS), out=_wide(dread))
+        dwritten = torch.bmm(_matrices(chunk.P).mT, _matrices(do[i])).view_as(written[i])
+        dwritten.addcmul_(_across(dread), chunk.to_end)
+        torch.bmm(_matrices(chunk.inverse).mT, _matrices(dwritten), out=_matrices(X[i]))
+        torch.mul(_across(X[i]), _across(minus_beta[i]), out=left[i, :, :, :C])
+        torch.mul(_across(written[i]), _across(chunk.to_end), out=decayed)
+        torch.bmm(_wide(left[i]), _wide(states[i]).mT, out=dkq[i])
+        dkq[i, :, :C].baddbmm_(_wide(decayed), _wide(dS).mT)
+        dlog_end.append(_across(_row_dot(decayed, dread)))
+        dlog_whole.append(_across((states[i] * dS).sum((-3, -1), keepdim=True)))
+        _wide(dS.mul_(_across(chunk.whole))).baddbmm_(chunk.kq.mT, _wide(left[i]))
+    dlog_end, dlog_whole = (torch.stack(parts[::-1]) for parts in (dlog_end, dlog_whole))
+    dA, dP = torch.bmm(_matrices(Xdo), _matrices(written).mT).view(*v.shape[:-2], 2 * C, C).split(C, -2)
+    dA_kk = dA.neg_() * x.kk
+    missing = torch.addcmul(v, _across(read[..., :C, :, :]), x.from_start, value=-1)
+    dbeta = _row_dot(X, missing) + dA_kk.sum(-1, keepdim=True)
     dlog_D = dA_kk.mul_(x.beta).addcmul_(dP, x.P)
-    dc += dlog_D.sum(-1, keepdim=True) - dlog_D.sum(-2).unsqueeze(-1) - x.beta * dfrom_start - dlog_end
-    dc[:, :, -1] += dlog_end.sum(2) + (S * dS).sum((-1, -2)).unsqueeze(-1) * x.whole.squeeze(-1)
-    dg = dc.flip(2).cumsum(2).flip(2)
-
-    def over_group(grad: Tensor) -> Tensor:
-        return _group(grad, heads).sum(2)
-
-    dqk = over_group(dP.mul_(x.D)).tril_().mul_(scale)
-    dkk = over_group(dA.mul_(x.D).mul_(x.beta)).tril_(-1)
-    k_h, q_h = _per_key_head(x.k, heads), _per_key_head(x.q, heads)
-    dq = _accumulate(over_group(dq), dqk, k_h)
-    dk = _accumulate(_accumulate(over_group(dk), dqk.mT, q_h), dkk + dkk.mT, k_h)
-    return dq, dk, X * x.beta, dg, dbeta
+    dlog_start = _row_dot(left, read)
+    dc = dlog_D.sum(-1, keepdim=True) - dlog_D.sum(-2).unsqueeze(-1) - dlog_end
+    dc += _across(dlog_start[..., :C, :, :] + dlog_start[..., C:, :, :])
+    dc[..., -1:, :] += dlog_end.sum(-2, keepdim=True) + dlog_whole * x.whole
+    dg = dc.flip(-2).cumsum(-2).flip(-2)
+    # The gradient of [K K^T; Q K^T], as one matrix that meets [K; Q].
+    dpairs = torch.zeros(n, x.kq.shape[1], 2 * C, 2 * C, dtype=dS.dtype, device=dS.device)
+    dkk = dA.mul_(x.D).mul_(x.beta).sum(3).tril_(-1).flatten(1, 2)
+    torch.mul(dP.mul_(x.D).sum(3).tril_().flatten(1, 2), scale, out=dpairs[..., C:, :C])
+    torch.add(dkk, dkk.mT, out=dpairs[..., :C, :C])
+    dpairs[..., :C, C:] = dpairs[..., C:, :C].mT
+    _matrices(dkq).baddbmm_(_matrices(dpairs), _matrices(x.kq))
+    return dkq, X * x.beta, dg, dbeta
 
 
 def _backward_dense(do, dfinal_state, q, k, v, g, beta, initial_state, scale) -> tuple[Tensor, ...]:
@@ -301,29 +353,27 @@ def _backward_dense(do, dfinal_state, q, k, v, g, beta, initial_state, scale) ->
     dS = torch.zeros_like(S) if dfinal_state is None else dfinal_state.to(S.dtype)
     if v.numel() == 0:
         return (*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)), dS.clone())
-    spans, shape, heads = _spans(v), S.shape, q.shape[0] * q.shape[2]
-    chunks = sum(span.n for span in spans)
-    states = S.new_empty(chunks + 1, *S.flatten(0, 1).shape)
-    states[0] = S.flatten(0, 1)
-    forward, first = [], 0
-    for span in spans:
-        x = _intra_chunk(q, k, v, g, beta, scale, span)
-        forward.append((x, *_scan(x, states[first : first + span.n + 1])))
-        first += span.n
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)]
-    wide = [*grads[:3], *(x[..., None] for x in grads[3:])]
-    dS = dS.flatten(0, 1)
-    for span in reversed(spans):
-        x, read, written = forward.pop()
-        first -= span.n
-        dstates = dS.new_empty(span.n + 1, *dS.shape)
-        dstates[-1] = dS
-        do_segment = _gather(do, span, v.shape[2], S.dtype)
-        some = _segment_gradients(x, do_segment, dstates, states[first : first + span.n], read, written, scale, heads)
-        for out, grad in zip(wide, some):
-            _scatter(grad, span, out)
-        dS = dstates[0]
-    return (*grads, dS.clone().view(shape))
+    grads, dstate = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)], dS.clone()
+    for keys, values in _head_blocks(q, v):
+        own = [(*(x[:, :, keys] for x in some[:2]), *(x[:, :, values] for x in some[2:]))
+               for some in ((q, k, v, g, beta), grads)]
+        dstate[:, values] = _backward_heads(*own[0], do[:, :, values], S[:, values], dS[:, values], scale, own[1])
+    return (*grads, dstate)
+
+
+def _backward_heads(q, k, v, g, beta, do, S, dS, scale, grads) -> Tensor:
+    """Fills ``grads``, those of q, k, v, g and beta, and returns the initial state's."""
+    B, _, H, _ = q.shape
+    dS, kept = _state_in(dS, H), _forward_kept(q, k, v, g, beta, _state_in(S, H), scale)
+    dq, dk, dv, dg, dbeta = grads
+    for span in reversed(_spans(v)):
+        dkq, *some = _segment_gradients(kept.pop(), _by_group(v, span, H), _by_group(do, span, H), dS, scale)
+        dkq = dkq.unflatten(1, (B, H))
+        _chunks_of(dk, span).copy_(dkq[..., : span.C, :])
+        _chunks_of(dq, span).copy_(dkq[..., span.C :, :])
+        for out, grad in zip((dv, dg[..., None], dbeta[..., None]), some):
+            _by_group(out, span, H).copy_(grad)
+    return _state_out(dS)
 
 
 def chunk_backward(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale) -> tuple[Tensor, ...]:

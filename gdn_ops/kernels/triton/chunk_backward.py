@@ -1,30 +1,31 @@
 """The chunkwise gated delta rule on the GPU, backward. Nothing is saved by the forward but its inputs.
 
-1. ``intra_chunk`` again, with ``E = P^T dO`` in place of ``P``; then the forward scan, this time writing the state
-   ``S`` before each chunk and ``V'``.
-2. **reverse_scan_kernel**, one program a (segment, value head, tile of value columns), last chunk first, carries
-   ``dS``, the gradient of the state after the chunk, and writes it and ``dU``, the gradient of ``U`` and of ``V'``::
+1. ``intra_chunk`` again, with ``E = P^T dO`` in place of ``P``.
+2. **both_ways_kernel**: every other program is the forward scan, this time writing the state ``S`` before each chunk
+   and ``V'``; the others, one a (segment, value head, tile of value columns), carry ``dS``, the gradient of the state
+   after the chunk, from the last chunk to the first, and write it and ``dU``, the gradient of ``U`` and of ``V'``::
 
        dU = E + exp(c_C - c) * (K dS)          dS <- exp(c_C) dS + (scale * exp(c) * Q)^T dO - W^T dU
 
    Two of the three products are a chain; everything else stands outside the loop over chunks.
-3. **gradient_kernel**, one program a (chunk, value head, tile of ``BK`` key columns). With ``X = inverse^T dU`` the
-   rest is short::
+3. **value_gradient_kernel**, one program a (chunk, value head): everything with an extent of value columns::
 
-       dV = beta * X                       Y = -X S^T
-       dP = lower(dO V'^T)                 dA = -strict_lower(X V'^T)
-       dbeta_i = X_i . V_i + exp(c_i) Y_i . K_i + sum_j (dA * D * K K^T)_ij
-       dQ = scale * ((dP * D) K + exp(c) * (dO S^T))
-       dK = scale * (dP * D)^T Q + (M + M^T) K + beta exp(c) * Y + exp(c_C - c) * (V' dS^T)      (M = beta * dA * D)
+       X = inverse^T dU          dV = beta * X          dP = scale * (dO V'^T) * D          dA = strict_lower(X V'^T) * D
 
-   ``dA = -inverse^T (dT) inverse^T`` needs no product with the inverse besides ``X``: U - W S is V', so
-   ``X U^T + Y W^T = X (U - W S)^T = X V'^T``. The gate's gradient is the reverse cumulative sum of what each ``exp``
-   received. Each operand is loaded once.
-4. **group_kernel** adds dQ and dK of the value heads that share a key. (In the kernel before, a loop over the group
-   costs more in spilled registers than the extra pass.)
+   The gradient of the inverse, ``-inverse^T (dT) inverse^T``, needs no other product: U - W S is V', so what comes
+   through U and through W adds to ``X V'^T``.
+4. **key_gradient_kernel**, one program a (chunk, key head, tile of key columns), adds over the value heads of its key::
 
-Keys wider than ``BK`` take several programs a chunk, which leave their parts of dg and dbeta to a sum in torch: no
-atomics. Source of the chunk form: arXiv 2412.06464, section 3.3; the tests check the derivation against autograd.
+       R  = exp(c) * (X S^T) + dA K                                    (minus what the rows of the inverse pass on)
+       dQ = scale * exp(c) * (dO S^T) + dP K
+       dK = exp(c_C - c) * (V' dS^T) + dP^T Q - (beta * dA)^T K - beta * R
+
+   Every exp(c_i) stands with row i of Q or of K, every exp(-c_j) with row j of K. So the gradients of the gates are
+   row sums of what is there already: ``dbeta = X . V - R . K``, and of c, ``Q . dQ + (K in rows) . dK - (K in
+   columns) . dK``, which a reverse cumulative sum turns into that of g.
+
+Wide keys take several programs a chunk, which leave their parts of dg and dbeta to a sum in torch: no atomics.
+Source of the chunk form: arXiv 2412.06464, section 3.3; the tests check the derivation against autograd.
 """
 
 from __future__ import annotations
@@ -34,15 +35,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_forward import (
     AHEAD_OF_TIME,
     ahead_of_time_inputs,
     aligned,
     aligned_state,
     is_narrow,
-    scan,
     scan_configuration,
+    scan_segment,
 )
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of, chunk_table, segment_of
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
@@ -52,7 +52,8 @@ from gdn_ops.kernels.triton.segments import Maps, combine, maps, segment_length
 
 
 @triton.jit
-def reverse_scan_kernel(
+def reverse_segment(
+    program,
     q,
     k,
     W,
@@ -89,17 +90,14 @@ def reverse_scan_kernel(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``enter`` is ``dS`` after each segment (None: zeros). With ``dstates`` None nothing is written but ``leave``,
-    ``dS`` before each segment; else ``leave`` is that before each sequence, or None."""
+    """The work of one program. ``enter`` is ``dS`` after each segment (None: zeros). With ``dstates`` None nothing is
+    written but ``leave``, ``dS`` before each segment; else ``leave`` is that before each sequence, or None."""
     NV: tl.constexpr = (V + BV - 1) // BV
-    program = tl.program_id(0)
     hv = (program // NV % HV).to(tl.int64)
     segment = (program // (NV * HV)).to(tl.int64)
     n, b, begin, end, first_chunk, first, _, exists = segment_of(
         segment, T, N, SEGMENT, cu_seqlens, chunk_offsets, segment_offsets, C
     )
-    if not exists:
-        return
     h = hv // (HV // H)
     rows = tl.arange(0, C)
     in_k = tl.arange(0, BK)
@@ -109,7 +107,7 @@ def reverse_scan_kernel(
     mask_kv = mask_k[:, None] & mask_v[None, :]
     state_offsets = in_k[:, None] * V + in_v[None, :]
 
-    length = (end - begin).to(tl.int32)
+    length = tl.where(exists, end - begin, 0).to(tl.int32)
     chunks = (length + C - 1) // C
     token = begin + (chunks - 1) * C
     q += b * stride_q_b + token * stride_q_t + h * stride_q_h
@@ -127,7 +125,8 @@ def reverse_scan_kernel(
     if enter is None:
         dS_kv = tl.zeros([BK, BV], dtype=tl.float32)
     else:
-        dS_kv = tl.load(enter + (segment * HV + hv) * K * V + state_offsets, mask=mask_kv, other=0.0).to(tl.float32)
+        enter += (segment * HV + hv) * K * V
+        dS_kv = tl.load(enter + state_offsets, mask=mask_kv & exists, other=0.0).to(tl.float32)
     for i in range(0, chunks):
         left = tl.minimum(length - (chunks - 1 - i) * C, C)
         real = rows < left
@@ -163,30 +162,213 @@ def reverse_scan_kernel(
         to_end -= C
     if leave is not None:
         if dstates is None:
-            tl.store(leave + (segment * HV + hv) * K * V + state_offsets, dS_kv, mask=mask_kv)
+            tl.store(leave + (segment * HV + hv) * K * V + state_offsets, dS_kv, mask=mask_kv & exists)
         else:
-            if first:
+            if first & exists:
                 tl.store(leave + (n * HV + hv) * K * V + state_offsets, dS_kv, mask=mask_kv)
 
 
 @triton.jit
-def gradient_kernel(
+def reverse_map_kernel(
     q,
     k,
+    W,
+    E,
+    from_start,
+    to_end,
+    do,
+    leave,
+    cu_seqlens,
+    chunk_offsets,
+    segment_offsets,
+    SEGMENT,
+    scale,
+    T,
+    N,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_do_b,
+    stride_do_t,
+    stride_do_h,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``dS`` before each segment from zero after it: what the maps of ``segments.py`` need of the way back."""
+    reverse_segment(
+        tl.program_id(0), q, k, W, E, from_start, to_end, do, None, leave, None, None, cu_seqlens, chunk_offsets,
+        segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
+        stride_do_b, stride_do_t, stride_do_h, H, HV, K, V, BK, BV, C, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def both_ways_kernel(
+    q,
+    k,
+    do,
+    W,
+    U,
+    E,
+    from_start,
+    to_end,
+    before,
+    states,
+    written,
+    after,
+    leave,
+    dstates,
+    dU,
+    cu_seqlens,
+    chunk_offsets,
+    segment_offsets,
+    SEGMENT,
+    scale,
+    T,
+    N,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_do_b,
+    stride_do_t,
+    stride_do_h,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The scan that writes ``states`` and ``written``, and the reverse scan, in turns: neither needs the other, and a
+    scan's chain of products leaves room for a second one on the same multiprocessor."""
+    program = tl.program_id(0)
+    if program % 2 == 0:
+        scan_segment(
+            program // 2, q, k, W, U, None, from_start, to_end, None, before, None, states, written, cu_seqlens,
+            chunk_offsets, segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b,
+            stride_k_t, stride_k_h, H, HV, K, V, BK, BV, C, PRECISION,
+        )  # fmt: skip
+    else:
+        reverse_segment(
+            program // 2, q, k, W, E, from_start, to_end, do, after, leave, dstates, dU, cu_seqlens, chunk_offsets,
+            segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t,
+            stride_k_h, stride_do_b, stride_do_t, stride_do_h, H, HV, K, V, BK, BV, C, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def value_gradient_kernel(
     v,
     do,
     beta,
     c_sum,
-    from_start,
-    to_end,
     inverse,
     written,
     dU,
+    dP,
+    dv,
+    dbeta,
+    cu_seqlens,
+    chunk_offsets,
+    scale,
+    T,
+    N,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_do_b,
+    stride_do_t,
+    stride_do_h,
+    stride_beta_b,
+    stride_beta_t,
+    stride_beta_h,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Writes ``X`` over ``dU``, ``dA * D`` over ``inverse``, ``scale * dP * D``, ``dv``, and its part of dbeta."""
+    program = tl.program_id(0)
+    hv = (program % HV).to(tl.int64)
+    b, begin, length = chunk_of((program // HV).to(tl.int64), T, N, cu_seqlens, chunk_offsets, C)
+    if length == 0:
+        return
+    low = dU.dtype.element_ty
+    rows = tl.arange(0, C)
+    real = rows < length
+    here = (b * HV + hv) * T + begin
+    there = (b * T + begin) * HV + hv
+    v += b * stride_v_b + begin * stride_v_t + hv * stride_v_h
+    do += b * stride_do_b + begin * stride_do_t + hv * stride_do_h
+    beta += b * stride_beta_b + begin * stride_beta_t + hv * stride_beta_h
+    dv += there * V
+    dU += here * V
+    written += here * V
+    inverse += here * C
+    dP += here * C
+    square = rows[:, None] * C + rows[None, :]
+    beta_c = tl.load(beta + rows * stride_beta_t, mask=real, other=0.0).to(tl.float32)
+    c = tl.load(c_sum + here + rows, mask=real, other=0.0)
+    inverse_cc = tl.load(inverse + square, mask=real[:, None] & real[None, :], other=0.0)
+    dp_cc = tl.zeros([C, C], dtype=tl.float32)
+    da_cc = tl.zeros([C, C], dtype=tl.float32)
+    dbeta_c = tl.zeros([C], dtype=tl.float32)
+    for start in range(0, V, BV):
+        in_v = start + tl.arange(0, BV)
+        mask_cv = real[:, None] & (in_v < V)[None, :]
+        offsets_cv = rows[:, None] * V + in_v[None, :]
+        du_cv = tl.load(dU + offsets_cv, mask=mask_cv, other=0.0)
+        new_cv = tl.load(written + offsets_cv, mask=mask_cv, other=0.0)
+        do_cv = tl.load(do + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
+        v_cv = tl.load(v + rows[:, None] * stride_v_t + in_v[None, :], mask=mask_cv, other=0.0)
+        x_cv = tl.dot(tl.trans(inverse_cc), du_cv, input_precision=PRECISION)
+        x_low = x_cv.to(low)
+        dp_cc = tl.dot(do_cv, tl.trans(new_cv), dp_cc, input_precision=PRECISION)
+        da_cc = tl.dot(x_low, tl.trans(new_cv), da_cc, input_precision=PRECISION)
+        dbeta_c += tl.sum(x_cv * v_cv.to(tl.float32), axis=1)
+        tl.store(dU + offsets_cv, x_low, mask=mask_cv)
+        dv_cv = (x_cv * beta_c[:, None]).to(dv.dtype.element_ty)
+        tl.store(dv + rows[:, None] * (HV * V) + in_v[None, :], dv_cv, mask=mask_cv)
+    lower = (rows[:, None] >= rows[None, :]) & real[:, None]
+    D = tl.exp(tl.where(lower, c[:, None] - c[None, :], float("-inf")).to(tl.float32))
+    da_cc = tl.where(rows[:, None] > rows[None, :], da_cc * D, 0.0)
+    tl.store(dP + square, (dp_cc * D * scale).to(low), mask=real[:, None])
+    tl.store(inverse + square, da_cc.to(low), mask=real[:, None])
+    tl.store(dbeta + there + rows * HV, dbeta_c, mask=real)
+
+
+@triton.jit
+def key_gradient_kernel(
+    q,
+    k,
+    do,
+    beta,
+    from_start,
+    to_end,
+    written,
+    X,
+    dP,
+    dA,
     states,
     dstates,
+    dbeta_of_value,
     dq,
     dk,
-    dv,
     dg,
     dbeta,
     cu_seqlens,
@@ -200,9 +382,6 @@ def gradient_kernel(
     stride_k_b,
     stride_k_t,
     stride_k_h,
-    stride_v_b,
-    stride_v_t,
-    stride_v_h,
     stride_do_b,
     stride_do_t,
     stride_do_h,
@@ -221,181 +400,137 @@ def gradient_kernel(
 ):
     """``dg, dbeta [NK, B, T, HV]``, ``stride_part`` apart: one part a tile of key columns."""
     NK: tl.constexpr = (K + BK - 1) // BK
+    GROUP: tl.constexpr = HV // H
     program = tl.program_id(0)
     tile = program % NK
-    hv = (program // NK % HV).to(tl.int64)
-    chunk = (program // (NK * HV)).to(tl.int64)
+    h = (program // NK % H).to(tl.int64)
+    chunk = (program // (NK * H)).to(tl.int64)
     b, begin, length = chunk_of(chunk, T, N, cu_seqlens, chunk_offsets, C)
     if length == 0:
         return
-    h = hv // (HV // H)
     low = q.dtype.element_ty
     rows = tl.arange(0, C)
     real = rows < length
     in_k = tile * BK + tl.arange(0, BK)
     mask_k = in_k < K
     mask_ck = real[:, None] & mask_k[None, :]
-    here = (b * HV + hv) * T + begin
-    there = (b * T + begin) * HV + hv
     q += b * stride_q_b + begin * stride_q_t + h * stride_q_h
     k += b * stride_k_b + begin * stride_k_t + h * stride_k_h
-    v += b * stride_v_b + begin * stride_v_t + hv * stride_v_h
-    do += b * stride_do_b + begin * stride_do_t + hv * stride_do_h
-    beta += b * stride_beta_b + begin * stride_beta_t + hv * stride_beta_h
-    dU += here * V
-    written += here * V
-    states += (chunk * HV + hv) * K * V
-    dstates += (chunk * HV + hv) * K * V
-    dq += there * K
-    dk += there * K
-    dv += there * V
-    beta_c = tl.load(beta + rows * stride_beta_t, mask=real, other=0.0).to(tl.float32)
-    inverse_cc = tl.load(
-        inverse + here * C + rows[:, None] * C + rows[None, :], mask=real[:, None] & real[None, :], other=0.0
-    )
-    dp_cc = tl.zeros([C, C], dtype=tl.float32)
-    da_cc = tl.zeros([C, C], dtype=tl.float32)
-    past_ck = tl.zeros([C, BK], dtype=tl.float32)
-    y_ck = tl.zeros([C, BK], dtype=tl.float32)
-    end_ck = tl.zeros([C, BK], dtype=tl.float32)
-    dbeta_c = tl.zeros([C], dtype=tl.float32)
-    to_all = 0.0
-    for start in range(0, V, BV):
-        in_v = start + tl.arange(0, BV)
-        mask_cv = real[:, None] & (in_v < V)[None, :]
-        mask_kv = mask_k[:, None] & (in_v < V)[None, :]
-        offsets_cv = rows[:, None] * V + in_v[None, :]
-        offsets_kv = in_k[:, None] * V + in_v[None, :]
-        du_cv = tl.load(dU + offsets_cv, mask=mask_cv, other=0.0)
-        new_cv = tl.load(written + offsets_cv, mask=mask_cv, other=0.0)
-        do_cv = tl.load(do + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
-        s_kv = tl.load(states + offsets_kv, mask=mask_kv, other=0.0)
-        ds_kv = tl.load(dstates + offsets_kv, mask=mask_kv, other=0.0)
-        x_cv = tl.dot(tl.trans(inverse_cc), du_cv, input_precision=PRECISION)
-        x_low = x_cv.to(low)
-        if tile == 0:
-            v_cv = tl.load(v + rows[:, None] * stride_v_t + in_v[None, :], mask=mask_cv, other=0.0)
-            dbeta_c += tl.sum(x_cv * v_cv.to(tl.float32), axis=1)
-            dv_cv = (x_cv * beta_c[:, None]).to(dv.dtype.element_ty)
-            tl.store(dv + rows[:, None] * (HV * V) + in_v[None, :], dv_cv, mask=mask_cv)
-        dp_cc = tl.dot(do_cv, tl.trans(new_cv), dp_cc, input_precision=PRECISION)
-        da_cc = tl.dot(x_low, tl.trans(new_cv), da_cc, input_precision=PRECISION)
-        past_ck = tl.dot(do_cv, tl.trans(s_kv), past_ck, input_precision=PRECISION)
-        y_ck = tl.dot(x_low, tl.trans(s_kv), y_ck, input_precision=PRECISION)
-        end_ck = tl.dot(new_cv, tl.trans(ds_kv), end_ck, input_precision=PRECISION)
-        to_all += tl.sum(tl.sum(s_kv.to(tl.float32) * ds_kv.to(tl.float32), axis=1), axis=0)
-
-    # What came through the states, first: it frees the most registers.
-    grown_c = tl.load(from_start + here + rows, mask=real, other=0.0)
-    decay_c = tl.load(to_end + here + rows, mask=real, other=0.0)
-    q_ck = tl.load(q + rows[:, None] * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
-    k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
-    past_ck = past_ck * (grown_c * scale)[:, None]
-    dc = tl.sum(past_ck * q_ck.to(tl.float32), axis=1)
-    dq_ck = past_ck
-    y_ck = -y_ck * grown_c[:, None]
-    stored = tl.sum(y_ck * k_ck.to(tl.float32), axis=1)
-    end_ck = end_ck * decay_c[:, None]
-    ended = tl.sum(end_ck * k_ck.to(tl.float32), axis=1)
-    dk_ck = y_ck * beta_c[:, None] + end_ck
-    dbeta_c += stored
-    dc += stored * beta_c - ended
-
-    c = tl.load(c_sum + here + rows, mask=real, other=0.0)
-    lower = (rows[:, None] >= rows[None, :]) & real[:, None]
-    strict = (rows[:, None] > rows[None, :]) & real[:, None]
-    D = tl.exp(tl.where(lower, c[:, None] - c[None, :], float("-inf")).to(tl.float32))
-    dp_cc = tl.where(lower, dp_cc * D, 0.0) * scale
-    da_cc = tl.where(strict, -da_cc * D, 0.0)
-    if tile == 0:
-        qk_cc = tl.zeros([C, C], dtype=tl.float32)
-        kk_cc = tl.zeros([C, C], dtype=tl.float32)
-        for start in range(0, K, BK):
-            columns = start + tl.arange(0, BK)
-            mask = real[:, None] & (columns < K)[None, :]
-            q_part = tl.load(q + rows[:, None] * stride_q_t + columns[None, :], mask=mask, other=0.0)
-            k_part = tl.load(k + rows[:, None] * stride_k_t + columns[None, :], mask=mask, other=0.0)
-            qk_cc = tl.dot(q_part, tl.trans(k_part), qk_cc, input_precision=PRECISION)
-            kk_cc = tl.dot(k_part, tl.trans(k_part), kk_cc, input_precision=PRECISION)
-        dkk = da_cc * kk_cc
-        dbeta_c += tl.sum(dkk, axis=1)
-        dlog = dp_cc * qk_cc + dkk * beta_c[:, None]
-        dc += tl.sum(dlog, axis=1) - tl.sum(dlog, axis=0)
-    da_cc = da_cc * beta_c[:, None]
-    dqk_low = dp_cc.to(low)
-    dkk_low = (da_cc + tl.trans(da_cc)).to(low)
-    dq_ck = tl.dot(dqk_low, k_ck, dq_ck, input_precision=PRECISION)
-    dk_ck = tl.dot(dkk_low, k_ck, dk_ck, input_precision=PRECISION)
-    dk_ck = tl.dot(tl.trans(dqk_low), q_ck, dk_ck, input_precision=PRECISION)
-    # Every gate of the chunk reaches the state after it. One sum of a matrix: Triton 3.7 fails to compile, for
-    # sm_100, a sum of the vector ``ended``.
-    to_all *= tl.load(from_start + here + length - 1)
-    dc = tl.where(real, dc, 0.0)
-    after = tl.sum(tl.where(rows[:, None] >= rows[None, :], dc[:, None], 0.0) + ended[:, None], axis=0)
-    gates = tile * stride_part + there + rows * HV
-    tl.store(dg + gates, (after + to_all).to(dg.dtype.element_ty), mask=real)
-    tl.store(dbeta + gates, dbeta_c.to(dbeta.dtype.element_ty), mask=real)
-    offsets_ck = rows[:, None] * (HV * K) + in_k[None, :]
-    tl.store(dq + offsets_ck, dq_ck.to(dq.dtype.element_ty), mask=mask_ck)
-    tl.store(dk + offsets_ck, dk_ck.to(dk.dtype.element_ty), mask=mask_ck)
-
-
-@triton.jit
-def group_kernel(
-    dq_parts, dk_parts, dq, dk, rows, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
-):
-    """``dq, dk [rows, K]`` from ``[rows, GROUP, K]``, added in fp32 in the order of the heads."""
-    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    in_k = tl.arange(0, BK)
-    mask = (row < rows)[:, None] & (in_k < K)[None, :]
-    part = row[:, None] * (GROUP * K) + in_k[None, :]
-    q_sum = tl.zeros([BR, BK], dtype=tl.float32)
-    k_sum = tl.zeros([BR, BK], dtype=tl.float32)
+    offsets_q = rows[:, None] * stride_q_t + in_k[None, :]
+    offsets_k = rows[:, None] * stride_k_t + in_k[None, :]
+    dq_ck = tl.zeros([C, BK], dtype=tl.float32)
+    dk_ck = tl.zeros([C, BK], dtype=tl.float32)
+    # q . dq and k . dk of the heads so far.
+    had_q = tl.zeros([C], dtype=tl.float32)
+    had_k = tl.zeros([C], dtype=tl.float32)
     for member in range(0, GROUP):
-        q_sum += tl.load(dq_parts + part + member * K, mask=mask, other=0.0).to(tl.float32)
-        k_sum += tl.load(dk_parts + part + member * K, mask=mask, other=0.0).to(tl.float32)
-    out = row[:, None] * K + in_k[None, :]
-    tl.store(dq + out, q_sum.to(dq.dtype.element_ty), mask=mask)
-    tl.store(dk + out, k_sum.to(dk.dtype.element_ty), mask=mask)
+        hv = h * GROUP + member
+        here = (b * HV + hv) * T + begin
+        written_at = written + here * V
+        X_at = X + here * V
+        states_at = states + (chunk * HV + hv) * K * V
+        dstates_at = dstates + (chunk * HV + hv) * K * V
+        do_at = do + b * stride_do_b + begin * stride_do_t + hv * stride_do_h
+        beta_at = beta + b * stride_beta_b + begin * stride_beta_t + hv * stride_beta_h
+        grown_c = tl.load(from_start + here + rows, mask=real, other=0.0)
+        decay_c = tl.load(to_end + here + rows, mask=real, other=0.0)
+        r_ck = tl.zeros([C, BK], dtype=tl.float32)
+        to_all = 0.0
+        for start in range(0, V, BV):
+            in_v = start + tl.arange(0, BV)
+            mask_cv = real[:, None] & (in_v < V)[None, :]
+            mask_kv = mask_k[:, None] & (in_v < V)[None, :]
+            offsets_cv = rows[:, None] * V + in_v[None, :]
+            offsets_kv = in_k[:, None] * V + in_v[None, :]
+            do_cv = tl.load(do_at + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
+            x_cv = tl.load(X_at + offsets_cv, mask=mask_cv, other=0.0)
+            new_cv = tl.load(written_at + offsets_cv, mask=mask_cv, other=0.0)
+            s_kv = tl.load(states_at + offsets_kv, mask=mask_kv, other=0.0)
+            ds_kv = tl.load(dstates_at + offsets_kv, mask=mask_kv, other=0.0)
+            do_cv = (do_cv.to(tl.float32) * (grown_c * scale)[:, None]).to(low)
+            x_cv = (x_cv.to(tl.float32) * grown_c[:, None]).to(low)
+            new_cv = (new_cv.to(tl.float32) * decay_c[:, None]).to(low)
+            dq_ck = tl.dot(do_cv, tl.trans(s_kv), dq_ck, input_precision=PRECISION)
+            r_ck = tl.dot(x_cv, tl.trans(s_kv), r_ck, input_precision=PRECISION)
+            dk_ck = tl.dot(new_cv, tl.trans(ds_kv), dk_ck, input_precision=PRECISION)
+            to_all += tl.sum(tl.sum(s_kv.to(tl.float32) * ds_kv.to(tl.float32), axis=1), axis=0)
+        square = rows[:, None] * C + rows[None, :]
+        k_ck = tl.load(k + offsets_k, mask=mask_ck, other=0.0)
+        dp_cc = tl.load(dP + here * C + square, mask=real[:, None], other=0.0)
+        da_cc = tl.load(dA + here * C + square, mask=real[:, None], other=0.0)
+        beta_c = tl.load(beta_at + rows * stride_beta_t, mask=real, other=0.0).to(tl.float32)
+        ended = tl.sum(dk_ck * k_ck.to(tl.float32), axis=1) - had_k
+        r_ck = tl.dot(da_cc, k_ck, r_ck, input_precision=PRECISION)
+        dq_ck = tl.dot(dp_cc, k_ck, dq_ck, input_precision=PRECISION)
+        as_row = -tl.sum(r_ck * k_ck.to(tl.float32), axis=1)
+        da_cc = (da_cc.to(tl.float32) * -beta_c[:, None]).to(low)
+        dk_ck = tl.dot(tl.trans(da_cc), k_ck, dk_ck, input_precision=PRECISION)
+        q_ck = tl.load(q + offsets_q, mask=mask_ck, other=0.0)
+        dk_ck = tl.dot(tl.trans(dp_cc), q_ck, dk_ck, input_precision=PRECISION)
+        as_query = tl.sum(dq_ck * q_ck.to(tl.float32), axis=1) - had_q
+        as_column = tl.sum(dk_ck * k_ck.to(tl.float32), axis=1) - had_k
+        dk_ck -= r_ck * beta_c[:, None]
+        had_q += as_query
+        had_k += as_column + as_row * beta_c
+
+        there = (b * T + begin) * HV + hv
+        gates = tile * stride_part + there
+        dc = tl.where(real, as_query + as_row * beta_c - as_column, 0.0)
+        to_all *= tl.load(from_start + here + length - 1)
+        # Every gate of the chunk reaches the state after it. One sum of a matrix: Triton 3.7 fails to compile, for
+        # sm_100, a sum of the vector ``ended``.
+        after = tl.sum(tl.where(rows[:, None] >= rows[None, :], dc[:, None], 0.0) + ended[:, None], axis=0)
+        as_row += tl.load(dbeta_of_value + there + rows * HV, mask=real & (tile == 0), other=0.0)
+        tl.store(dg + gates + rows * HV, (after + to_all).to(dg.dtype.element_ty), mask=real)
+        tl.store(dbeta + gates + rows * HV, as_row.to(dbeta.dtype.element_ty), mask=real)
+    dq += ((b * T + begin) * H + h) * K
+    dk += ((b * T + begin) * H + h) * K
+    out = rows[:, None] * (H * K) + in_k[None, :]
+    tl.store(dq + out, dq_ck.to(dq.dtype.element_ty), mask=mask_ck)
+    tl.store(dk + out, dk_ck.to(dk.dtype.element_ty), mask=mask_ck)
 
 
-def sum_groups(dq_parts: Tensor, dk_parts: Tensor, H: int) -> tuple[Tensor, Tensor]:
-    """``[B, T, HV, K]`` to ``[B, T, H, K]``; the parts themselves where every key has one value head."""
-    B, T, HV, K = dq_parts.shape
-    if HV == H:
-        return dq_parts, dk_parts
-    dq, dk = (torch.empty((B, T, H, K), dtype=x.dtype, device=x.device) for x in (dq_parts, dk_parts))
-    BK = triton.next_power_of_2(K)
-    BR = max(1, 2048 // BK)
-    launch(group_kernel)[(triton.cdiv(B * T * H, BR),)](
-        dq_parts=dq_parts, dk_parts=dk_parts, dq=dq, dk=dk, rows=B * T * H, GROUP=HV // H, K=K, BK=BK, BR=BR,
-        num_warps=4,
-    )  # fmt: skip
-    return dq, dk
-
-
-def reverse_scan(
-    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, scale: float, table: ChunkTable, *,
-    enter: Tensor | None, leave: Tensor | None, dstates: Tensor | None = None, dU: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Launches :func:`reverse_scan_kernel`; ``enter`` is that of each segment."""
+def reverse_maps(
+    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, scale: float, table: ChunkTable, leave: Tensor
+) -> None:
+    """Launches :func:`reverse_map_kernel`."""
     T, H, K = q.shape[1:]
     HV, V = do.shape[2:]
     configuration = scan_configuration(q, K, V, table.segments * HV if isinstance(table.segments, int) else None)
-    launch(reverse_scan_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
-        q=q, k=k, W=x.W, E=x.E, from_start=x.from_start, to_end=x.to_end, do=do, enter=enter, leave=leave,
-        dstates=dstates, dU=dU, scale=scale, T=T, **table.segment_arguments(),
-        **strides_of("q", q), **strides_of("k", k), **strides_of("do", do),
+    launch(reverse_map_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
+        q=q, k=k, W=x.W, E=x.E, from_start=x.from_start, to_end=x.to_end, do=do, leave=leave, scale=scale, T=T,
+        **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k), **strides_of("do", do),
         H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
     )  # fmt: skip
 
 
-def gradient_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
-    """All of a key in one program up to 128 columns, by eight warps; less where operands are fp32 or the chip small."""
-    wide = x.element_size() == 2 and chip_of(x).shared_memory > 120_000
-    BK = max(16, min(128 if wide else 64, triton.next_power_of_2(K)))
-    BV = max(16, min(32 if wide else 16, triton.next_power_of_2(V)))
-    return {"BK": BK, "BV": BV, "num_warps": 8 if BK >= 64 else 4, "num_stages": 2}
+def scan_both_ways(
+    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, scale: float, table: ChunkTable, *,
+    before: Tensor | None, after: Tensor | None, leave: Tensor | None,
+    states: Tensor, written: Tensor, dstates: Tensor, dU: Tensor,
+) -> None:  # fmt: skip
+    """Launches :func:`both_ways_kernel`; ``before`` and ``after`` are those of each segment. ``dU`` may not be ``U``:
+    one way reads what the other would have written."""
+    T, H, K = q.shape[1:]
+    HV, V = do.shape[2:]
+    configuration = scan_configuration(q, K, V, 2 * table.segments * HV if isinstance(table.segments, int) else None)
+    launch(both_ways_kernel)[(2 * table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
+        q=q, k=k, do=do, W=x.W, U=x.U, E=x.E, from_start=x.from_start, to_end=x.to_end, before=before, after=after,
+        leave=leave, states=states, written=written, dstates=dstates, dU=dU, scale=scale, T=T,
+        **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k), **strides_of("do", do),
+        H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
+    )  # fmt: skip
+
+
+def value_gradient_configuration(x: Tensor, V: int) -> dict[str, int]:
+    """Narrow tiles by four warps: three blocks a multiprocessor (219 registers, bf16, sm_90)."""
+    return {"BV": max(16, min(32, triton.next_power_of_2(V))), "num_warps": 4, "num_stages": 2}
+
+
+def key_gradient_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
+    """Three accumulators ``[C, BK]``: 64 columns leave registers for two blocks a multiprocessor."""
+    BK, BV = max(16, min(64, triton.next_power_of_2(K))), max(16, min(32, triton.next_power_of_2(V)))
+    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 2}
 
 
 def chunk_backward(
@@ -431,8 +566,8 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
     dS = torch.empty((0 if initial_state is None else N, HV, K, V), dtype=torch.float32, device=device)
     # Tokens after the last packed sequence belong to none: their gradients are zeros.
     make = torch.empty if cu_seqlens is None else torch.zeros
-    dq, dk, dv = (make((B, T, HV, x.shape[3]), dtype=x.dtype, device=device) for x in (q, k, v))
-    configuration = gradient_configuration(q, K, V)
+    dq, dk, dv = (make(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
+    configuration = key_gradient_configuration(q, K, V)
     tiles = triton.cdiv(K, configuration["BK"])
     parts = [x.dtype if tiles == 1 else torch.float32 for x in (g, beta)]
     dg, dbeta = (make((tiles, B, T, HV), dtype=dtype, device=device) for dtype in parts)
@@ -440,7 +575,7 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
         if initial_state is not None:
             dS.zero_() if dfinal_state is None else dS.copy_(dfinal_state)
         return *(torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v, g, beta)), dS
-    table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens))
+    table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2))
     x = intra_chunk(q, k, v, g, beta, table, scale, do)
     leave = None if initial_state is None else dS
     before, after = initial_state, dfinal_state
@@ -448,22 +583,28 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
         forth = maps(x, k, v, table, last=True)
         before = combine(forth, initial_state, None, q, T, table, reverse=False)
         back = Maps(forth.M, forth.B)  # B has been used: its memory takes that of the way back
-        reverse_scan(x, do, q, k, scale, table, enter=None, leave=back.B)
+        reverse_maps(x, do, q, k, scale, table, leave=back.B)
         after = combine(back, dfinal_state, leave, q, T, table, reverse=True)
     states = torch.empty((table.chunks, HV, K, V), dtype=q.dtype, device=device)
-    dstates, written = torch.empty_like(states), torch.empty_like(x.U)
-    scan(x, q, k, v, scale, table, initial_state=before, states=states, written=written)
-    dU = x.U
-    reverse_scan(x, do, q, k, scale, table, enter=after, leave=leave, dstates=dstates, dU=dU)
-    launch(gradient_kernel)[(table.chunks * HV * tiles,)](
-        q=q, k=k, v=v, do=do, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end, inverse=x.inverse,
-        written=written, dU=dU, states=states, dstates=dstates, dq=dq, dk=dk, dv=dv, dg=dg, dbeta=dbeta,
-        scale=scale, T=T, stride_part=B * T * HV, **table.arguments(), **strides_of("q", q), **strides_of("k", k),
-        **strides_of("v", v), **strides_of("do", do), **strides_of("beta", beta),
-        H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
+    dstates, written, dU = torch.empty_like(states), torch.empty_like(x.U), torch.empty_like(x.U)
+    scan_both_ways(
+        x, do, q, k, scale, table, before=before, after=after, leave=leave, states=states, written=written,
+        dstates=dstates, dU=dU,
+    )  # fmt: skip
+    dP, dbeta_of_value = torch.empty_like(x.inverse), torch.empty((B, T, HV), dtype=torch.float32, device=device)
+    shape = {"scale": scale, "T": T, "HV": HV, "V": V, "C": CHUNK, "PRECISION": precision_of(q), **table.arguments()}
+    shape |= {**strides_of("do", do), **strides_of("beta", beta)}
+    launch(value_gradient_kernel)[(table.chunks * HV,)](
+        v=v, do=do, beta=beta, c_sum=x.c_sum, inverse=x.inverse, written=written, dU=dU, dP=dP, dv=dv,
+        dbeta=dbeta_of_value, **strides_of("v", v), **value_gradient_configuration(q, V), **shape,
+    )  # fmt: skip
+    launch(key_gradient_kernel)[(table.chunks * H * tiles,)](
+        q=q, k=k, do=do, beta=beta, from_start=x.from_start, to_end=x.to_end, written=written, X=dU, dP=dP,
+        dA=x.inverse, states=states, dstates=dstates, dbeta_of_value=dbeta_of_value, dq=dq, dk=dk, dg=dg, dbeta=dbeta,
+        stride_part=B * T * HV, **strides_of("q", q), **strides_of("k", k), H=H, K=K, **configuration, **shape,
     )  # fmt: skip
     dg, dbeta = (part[0] if tiles == 1 else part.sum(0).to(x.dtype) for part, x in ((dg, g), (dbeta, beta)))
-    return *sum_groups(dq, dk, H), dv, dg, dbeta, dS
+    return dq, dk, dv, dg, dbeta, dS
 
 
 def ahead_of_time_cases() -> list[CompileCase]:

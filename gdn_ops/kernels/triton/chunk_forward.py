@@ -42,7 +42,8 @@ def _write_zeros(o, begin, end, stride_t, mask_v, C: tl.constexpr, BV: tl.conste
 
 
 @triton.jit
-def scan_kernel(
+def scan_segment(
+    program,
     q,
     k,
     W,
@@ -77,10 +78,10 @@ def scan_kernel(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``o`` None: not computed (but ``states`` and ``written``). ``initial_state`` is a segment's; None: zeros.
-    ``final_state`` is a sequence's, or None."""
+    """The work of one program: ``o`` None: not computed (but ``states`` and ``written``). ``initial_state`` is a
+    segment's; None: zeros. ``final_state`` is a sequence's, or None. No early return: the backward has it in a branch.
+    """
     NV: tl.constexpr = (V + BV - 1) // BV
-    program = tl.program_id(0)
     hv = (program // NV % HV).to(tl.int64)
     segment = (program // (NV * HV)).to(tl.int64)
     n, b, begin, end, first_chunk, _, last, exists = segment_of(
@@ -92,10 +93,8 @@ def scan_kernel(
     if o is not None:
         if cu_seqlens is not None:
             past = tl.load(cu_seqlens + N)
-            if (exists & last & (end == past)) | (not exists & (segment == 0)):
+            if (exists & last & (end == past)) | ((not exists) & (segment == 0)):
                 _write_zeros(o + hv * V + in_v, past, T, HV * V, mask_v, C, BV)
-    if not exists:
-        return
     h = hv // (HV // H)
     in_k = tl.arange(0, BK)
     mask_k = in_k < K
@@ -120,8 +119,8 @@ def scan_kernel(
         S_kv = tl.zeros([BK, BV], dtype=tl.float32)
     else:
         initial_state += (segment * HV + hv) * K * V
-        S_kv = tl.load(initial_state + state_offsets, mask=mask_kv, other=0.0).to(tl.float32)
-    length = (end - begin).to(tl.int32)
+        S_kv = tl.load(initial_state + state_offsets, mask=mask_kv & exists, other=0.0).to(tl.float32)
+    length = tl.where(exists, end - begin, 0).to(tl.int32)
     for start in range(0, length, C):
         real = rows < length - start
         mask_ck = real[:, None] & mask_k[None, :]
@@ -161,8 +160,49 @@ def scan_kernel(
         from_start += C
         to_end += C
     if final_state is not None:
-        if last:
+        if last & exists:
             tl.store(final_state + (n * HV + hv) * K * V + state_offsets, S_kv, mask=mask_kv)
+
+
+@triton.jit
+def scan_kernel(
+    q,
+    k,
+    W,
+    U,
+    P,
+    from_start,
+    to_end,
+    o,
+    initial_state,
+    final_state,
+    cu_seqlens,
+    chunk_offsets,
+    segment_offsets,
+    SEGMENT,
+    scale,
+    T,
+    N,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    scan_segment(
+        tl.program_id(0), q, k, W, U, P, from_start, to_end, o, initial_state, final_state, None, None, cu_seqlens,
+        chunk_offsets, segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b,
+        stride_k_t, stride_k_h, H, HV, K, V, BK, BV, C, PRECISION,
+    )  # fmt: skip
 
 
 def scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> dict[str, int]:
@@ -186,8 +226,7 @@ def scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> dict[str
 
 def scan(
     x: IntraChunk, q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, *,
-    o: Tensor | None = None, initial_state: Tensor | None = None, final_state: Tensor | None = None,
-    states: Tensor | None = None, written: Tensor | None = None,
+    o: Tensor, initial_state: Tensor | None, final_state: Tensor | None,
 ) -> None:  # fmt: skip
     """Launches :func:`scan_kernel` on contiguous outputs and states; ``initial_state`` is that of each segment."""
     T, H, K = q.shape[1:]
@@ -196,7 +235,7 @@ def scan(
     configuration = scan_configuration(q, K, V, heads)
     launch(scan_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
         q=q, k=k, W=x.W, U=x.U, P=x.P, from_start=x.from_start, to_end=x.to_end, o=o,
-        initial_state=initial_state, final_state=final_state, states=states, written=written, scale=scale, T=T,
+        initial_state=initial_state, final_state=final_state, scale=scale, T=T,
         **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k),
         H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
     )  # fmt: skip

@@ -345,8 +345,12 @@ def strides_of(name: str, x: Tensor | None) -> dict[str, int]:
 
 
 def wup_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
-    """Two warps are also the fastest here (H200, 16/32 heads, 8192 tokens: both kernels .219 ms against .250)."""
-    BK, BV = (max(16, min(64, triton.next_power_of_2(width))) for width in (K, V))
+    """Two warps are also the fastest here (H200, 16/32 heads, 8192 tokens: both kernels .219 ms against .250).
+
+    Columns by 64 take 112 KiB of shared memory for fp32 operands: half as many where a block has no more than 99.
+    """
+    widest = 32 if x.element_size() == 4 and chip_of(x).shared_memory < 120_000 else 64
+    BK, BV = (max(16, min(widest, triton.next_power_of_2(width))) for width in (K, V))
     return {"BK": BK, "BV": BV, "num_warps": 4 if x.element_size() == 4 else 2, "num_stages": 2}
 
 

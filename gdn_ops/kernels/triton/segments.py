@@ -32,7 +32,9 @@ from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, segment_of
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk, precision_of, strides_of
 from gdn_ops.kernels.triton.launch import launch
 
-WIDEST = 128  # combine_kernel holds a [BK, BK] map in registers; wider keys have more programs anyhow
+# combine_kernel holds a [BK, BK] map in registers, and takes up to 96 KiB of shared memory at 128 columns; wider keys
+# have more programs anyhow. Chips with 64 KiB cut no sequences of keys wider than half of that.
+WIDEST = 128
 SHORTEST = 4  # chunks: shorter segments cost more in maps than they gain
 
 _whole: ContextVar[bool] = ContextVar("gdn_ops_batch_invariant", default=False)
@@ -48,18 +50,21 @@ def batch_invariant() -> Iterator[None]:
         _whole.reset(token)
 
 
-def segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int | None:
-    """Chunks a segment, so that the programs of a scan fill the chip once; None where whole sequences do.
+def segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, ways: int = 1) -> int | None:
+    """Chunks a segment, so that the programs of a scan fill the chip once; None where whole sequences do, of which
+    ``ways`` scans run at the same time.
 
     Under a compiler, T or the number of sequences may be a symbol: an unknown length is cut every 32 chunks, and an
     unknown number of sequences is taken to be large.
     """
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if _whole.get() or K > WIDEST or not isinstance(N, int):
+    chip = chip_of(q)
+    widest = WIDEST if chip.shared_memory > 98304 else WIDEST // 2
+    if _whole.get() or widest < K or not isinstance(N, int):
         return None
-    parts = chip_of(q).multiprocessors // (N * HV * triton.cdiv(V, 32))
-    if parts < 2:
+    parts = chip.multiprocessors // (N * HV * triton.cdiv(V, 32))
+    if parts < 2 * ways:
         return None
     if not isinstance(T, int):
         return 32

@@ -1,0 +1,133 @@
+"""Every Triton kernel, compiled for five chips that are not there, with what its launcher would choose on them.
+
+Here each kernel is built once a chip, from a set of shapes that changes from chip to chip; ``compile_report`` builds
+them all, and what it has recorded is held to the same bounds.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from gdn_ops.kernels.triton import causal_conv1d, chunk_forward  # noqa: E402
+from gdn_ops.kernels.triton.chip import CHIPS, as_if_on, chip_of  # noqa: E402
+from gdn_ops.kernels.triton.compile_case import case_of_launch, cases_of_call  # noqa: E402
+from gdn_ops.kernels.triton.segments import segment_length  # noqa: E402
+from tests.kernels import compile_report as report  # noqa: E402
+
+# Bytes a thread. 16-bit products run on tensor cores and leave room in the registers. fp32 products are exact ones,
+# which Triton unrolls into fused multiply-adds: some of those kernels live in memory, and are slow rather than wrong.
+SPILLS = {"bf16": 2048, "fp16": 2048, "fp32": 80_000, "": 0}
+GROUPS = {
+    "sm_80": ("chunk_forward", "chunk_backward", "fp32 64/64"),
+    "sm_90": ("bf16 128/128",),
+    "sm_100": ("bf16 64/64",),
+    "sm_120": ("fp32 128/128",),
+    "gfx942": ("bf16 128/128", "bf16 64/64"),
+}
+ALWAYS = ("causal_conv1d", "recurrent", "chunk_forward", "chunk_backward")
+KERNELS = sorted({x.fn.__name__ for x in report.jit_functions() if x.fn.__name__.endswith("_kernel")})
+
+
+def check(x: report.Build) -> None:
+    assert not x.error, f"{x.kernel} ({x.case}) for {x.target}: {x.error}"
+    assert x.shared_bytes <= CHIPS[x.target].shared_memory, report.line(x)
+    assert x.spill_bytes <= SPILLS[x.dtype], report.line(x)
+    assert 0 < x.registers <= (512 if x.target.startswith("gfx") else 255), report.line(x)
+
+
+@pytest.mark.parametrize("target", report.TARGETS)
+def test_every_kernel_has_a_case(target):
+    """What ``@triton.jit`` decorates is a kernel with a case, by its name, or part of one."""
+    cases = report.cases_of(target, tuple(report.groups())).values()
+    parts = {id(function) for case in cases for function in report.called_by(case.kernel)}
+    built = {id(case.kernel) for case in cases}
+    for function in report.jit_functions():
+        if function.fn.__name__.endswith("_kernel"):
+            assert id(function) in built, f"{function.fn.__name__} has no case in ahead_of_time_cases()"
+        else:
+            assert id(function) in parts, f"{function.fn.__name__}: no kernel calls it; is it one without the name?"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("target", report.TARGETS)
+def test_kernel_compiles_and_fits(target, kernel):
+    cases = report.cases_of(target, (*GROUPS[target], *ALWAYS)).values()
+    case = next(case for case in cases if case.kernel.fn.__name__ == kernel)
+    check(report.build(case, target))
+
+
+def test_a_kernel_that_does_not_fit_is_found():
+    """The checks can fail: eight stages of a scan take more than any chip has."""
+    with as_if_on(CHIPS["sm_90"]):
+        case = next(c for c in report.groups()["bf16 128/128"]() if c.kernel.fn.__name__ == "scan_kernel")
+    x = report.build(case._replace(num_stages=8), "sm_90")
+    with pytest.raises(AssertionError):
+        check(x)
+
+
+@pytest.mark.skipif(not report.RECORD.exists(), reason="no report has been written")
+def test_the_record_holds_every_kernel_on_every_chip_and_all_fit():
+    rows = report.read(report.RECORD).values()
+    assert {(x.target, x.kernel) for x in rows} >= {(t, k) for t in report.TARGETS for k in KERNELS}
+    for x in rows:
+        check(x)
+
+
+def test_a_named_chip_is_answered_and_forgotten():
+    x = torch.empty(1, device="meta")
+    with as_if_on(CHIPS["gfx942"]):
+        assert chip_of(x) == CHIPS["gfx942"]
+        with pytest.raises(KeyError), as_if_on(CHIPS["sm_80"]):
+            assert chip_of(x) == CHIPS["sm_80"]
+            raise KeyError
+        assert chip_of(x) == CHIPS["gfx942"]
+    assert chip_of(x) == CHIPS["sm_90"]
+
+
+@pytest.mark.parametrize("target", report.TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_launch_tables_plan_within_the_chip(target, dtype):
+    """No head size gets fewer than one stage or a tile that a state cannot be cut into."""
+    x = torch.empty(1, dtype=dtype, device="meta")
+    with as_if_on(CHIPS[target]):
+        for K in (16, 24, 64, 100, 128, 192, 256):
+            for V in (16, 40, 64, 128, 384, 512):
+                for heads in (1, 64, 10_000, None):
+                    plan = chunk_forward.scan_configuration(x, K, V, heads)
+                    assert plan["BK"] >= K and 16 <= plan["BV"] <= 64 and 1 <= plan["num_stages"] <= 3
+                    if target == "sm_90" and dtype == torch.bfloat16:
+                        assert plan["num_stages"] > 1, "Triton 3.6 miscompiles one stage of 16-bit operands there"
+
+
+def test_small_chips_cut_no_wide_keys_into_segments():
+    """combine_kernel's map of 128 columns takes more shared memory than gfx942 has."""
+    x = torch.empty(1, 8192, 1, 128, dtype=torch.bfloat16, device="meta")
+    lengths = {}
+    for target in report.TARGETS:
+        with as_if_on(CHIPS[target]):
+            lengths[target] = segment_length(x, x, None)
+    assert lengths.pop("gfx942") is None and all(lengths.values())
+
+
+def test_case_is_specialised_as_a_launch_would_be():
+    kernel = causal_conv1d.causal_conv1d_update_kernel
+    x = torch.empty(2, 3, 64, dtype=torch.bfloat16, device="meta")
+    arguments = dict.fromkeys((parameter.name for parameter in kernel.params), 7)
+    arguments |= {"x": x, "y": x[:, :, 1:], "bias": None, "stride_x_b": 192, "stride_x_d": 1, "P": 2**31}
+    case = case_of_launch("step", kernel, {**arguments, "W": 4, "SILU": True}, num_warps=2)
+    assert case.signature["x"] == "*bf16" and case.signature["T"] == "i32" and case.signature["P"] == "i64"
+    assert {"x", "stride_x_b"} <= set(case.divisible_by_16) and not {"y", "T"} & set(case.divisible_by_16)
+    assert case.constexprs["bias"] is None and case.constexprs["stride_x_d"] == 1 and case.constexprs["W"] == 4
+    assert not set(case.signature) & set(case.constexprs) and (case.num_warps, case.num_stages) == (2, 3)
+    with pytest.raises(TypeError, match="parameter T of step: a tensor, number or None expected"):
+        case_of_launch("step", kernel, {**arguments, "T": "three"})
+
+
+def test_recording_a_call_leaves_the_launchers_as_they_were():
+    usual = causal_conv1d.launch
+    with pytest.raises(AttributeError):
+        cases_of_call("conv", causal_conv1d.forward, None, None, None, None, None, True, False)
+    assert causal_conv1d.launch is usual
