@@ -139,6 +139,8 @@ def plan(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Any = Non
         kind = type(example_inputs).__name__
         raise TypeError(f"example_inputs: expected a tuple or a dict, got {kind} (write (x,) for one input)")
     device_of(model, (args, kwargs))
+    # Inductor compiles for the strides of the example, and a package's inputs are contiguous (see the manifest).
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
     return {"forward": Plan(model, args, kwargs, dynamic_shapes, _input_names(model, args, kwargs), [])}
 
 

@@ -16,6 +16,8 @@ sequence ``n`` is the tokens ``cu_seqlens[n]:cu_seqlens[n + 1]``; without it, ``
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def gated_delta_rule(
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         outputs, states = [], []
-        for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        for n, (start, end) in enumerate(pairwise(bounds)):
             tokens = slice(start, end)
             state = None if initial_state is None else initial_state[n : n + 1]
             o, state = gated_delta_rule(
@@ -95,7 +97,7 @@ def causal_conv1d(
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         pairs = []
-        for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        for n, (start, end) in enumerate(pairwise(bounds)):
             state = None if initial_state is None else initial_state[n : n + 1]
             pairs.append(causal_conv1d(x[:, start:end], weight, bias, state, activation))
         outputs, states = zip(*pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -51,28 +52,34 @@ def op(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 
 def gpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     _need_cuda(parser, "cuda")
-    # The head of every suite first, so that a short budget still says something about each.
-    suites = list(SUITES.values())
-    tasks = [suite[0] for suite in suites] + [task for suite in suites for task in suite[1:]]
+    # The suites in turns, so that a short budget still says something about each.
+    rounds = zip_longest(*SUITES.values())
+    tasks = [task for row in rounds for task in row if task is not None]
     runs.run(tasks, a.dtype, "cuda", _chosen(a.provider, PROVIDERS), _csv(a.out, "gpu.csv"), a.budget)
 
 
 def cpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     torch.set_num_threads(a.threads)
     shapes = [Shape(16, 32, 1, tokens) for tokens in a.tokens]
-    tasks = [(shape, d) for shape in shapes if shape.T > 1 for d in ("forward", "forward+backward")]
-    tasks += [(shape, "decode") for shape in shapes if shape.T == 1]
+    # Decode first: it is over in no time.
+    tasks = [(shape, "decode") for shape in shapes if shape.T == 1]
+    tasks += [(shape, d) for shape in shapes if shape.T > 1 for d in ("forward", "forward+backward")]
     runs.run(tasks, "fp32", "cpu", _chosen(a.provider, CPU_PROVIDERS), _csv(a.out, "cpu.csv"), a.budget)
 
 
 def warm(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
-    runs.compile_once([runs.parse_task(text) for text in a.task], a.dtype, _chosen(a.provider, PROVIDERS))
+    i, n = map(int, a.part.split(","))
+    runs.compile_once([runs.parse_task(text) for text in a.task], a.dtype, _chosen(a.provider, PROVIDERS), (i, n))
 
 
 def plot(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     from perf.plot import draw
 
-    for path in draw(a.csv, a.out):
+    try:
+        written = draw(a.csv, a.out)
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(str(error))
+    for path in written:
         print(path)
 
 
@@ -111,6 +118,7 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("--task", action="append", required=True, metavar="H,HV,N,T,K,V:DIRECTION")
     sub.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     sub.add_argument("--provider", action="append", choices=list(PROVIDERS))
+    sub.add_argument("--part", default="0,1", metavar="I,N", help="every N-th configuration of a peer's autotuner")
 
     sub = command(plot, "Draws PNG files from CSV files.")
     sub.add_argument("csv", type=Path, nargs="+")

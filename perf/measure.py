@@ -71,12 +71,11 @@ def interleave(
     clocks: Sequence[EventClock | WallClock],
     seconds: float,
     repeats: int = 1,
-    least: int = 5,
     most: int = 200,
     warm: int = 2,
 ) -> list[Measurement]:
-    """Measures ``candidates`` in turns for about ``seconds``: ``least`` to ``most`` rounds, after ``warm`` that do not
-    count.
+    """Measures ``candidates`` in turns for about ``seconds``: at most ``most`` rounds and at least one, after ``warm``
+    that do not count.
 
     Each uses the first of ``clocks`` that can prepare it; why an earlier one could not is noted. One that none can
     prepare, or that fails later, gives a measurement without times and with its error as the note.
@@ -92,7 +91,7 @@ def interleave(
                 notes[candidate.provider] = f"no {clock.method}: {describe(error)}"
     samples: dict[str, list] = {provider: [] for provider in samplers}
     end, rounds = time.perf_counter() + seconds, -warm
-    while samplers and rounds < most and (rounds < least or time.perf_counter() < end):
+    while samplers and rounds < most and (rounds < 1 or time.perf_counter() < end):
         for provider, sample in list(samplers.items()):
             try:
                 samples[provider].append(sample())

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-import gdn_ops  # noqa: F401  (registers torch.ops.gdn)
+import gdn_ops
 from perf.clocks import Call
 from perf.measure import Candidate, Measurement, describe
 from perf.shapes import Inputs
@@ -179,6 +180,7 @@ def _flash_qla(x: Inputs, direction: str) -> Call:
 
 
 OURS = "gdn_ops"
+PEER_MODULES = ("fla", "flash_qla")
 PROVIDERS = {
     p.name: p
     for p in (
@@ -200,6 +202,23 @@ def absent(providers: Iterable[Provider]) -> dict[str, str]:
             except Unavailable as error:
                 reasons[provider.name] = str(error)
     return reasons
+
+
+def share_autotuning(i: int, n: int) -> None:
+    """Leaves every n-th configuration, from the i-th, to each Triton autotuner of the peers' loaded modules, and keeps
+    what they then choose to this process: for warming caches up, never for measuring."""
+    if n == 1:
+        return
+    autotuner = importlib.import_module("triton.runtime.autotuner").Autotuner
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] not in PEER_MODULES:
+            continue
+        for kernel in list(vars(module).values()):
+            while kernel is not None and not isinstance(kernel, autotuner):
+                kernel = getattr(kernel, "fn", None) if type(kernel).__module__.startswith("triton.") else None
+            if kernel is not None and not hasattr(kernel, "shared"):
+                kernel.configs = kernel.configs[i::n] or kernel.configs[:1]
+                kernel.cache_results, kernel.shared = False, True
 
 
 def bind_all(

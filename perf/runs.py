@@ -16,7 +16,7 @@ from perf.measure import Candidate, Ceilings, clocks_of, describe, floor_of, inp
 from perf.providers import Provider, bind_all
 from perf.records import ROOT, Recorder, Row, environment, make_row
 from perf.report import summary
-from perf.shapes import DTYPES, Shape, cost, make_inputs
+from perf.shapes import DTYPES, Inputs, Shape, cost, make_inputs
 
 Task = tuple[Shape, str]
 
@@ -27,11 +27,13 @@ def parse_task(text: str) -> Task:
     return Shape(*map(int, shape.split(","))), direction
 
 
-def compile_once(tasks: Sequence[Task], dtype: str, who: Sequence[Provider]) -> None:
-    """Runs each task once, so that what it compiles is in the compilers' caches on disk."""
+def compile_once(tasks: Sequence[Task], dtype: str, who: Sequence[Provider], part: tuple[int, int] = (0, 1)) -> None:
+    """Runs each task once, so that what it compiles is in the compilers' caches on disk; of what an autotuner would
+    try, ``part = (i, n)`` takes every n-th configuration."""
     for shape, direction in tasks:
         x = make_inputs(shape, DTYPES[dtype], "cuda")
         for candidate in bind_all(who, [x], direction)[0]:
+            providers.share_autotuning(*part)
             try:
                 candidate.calls[0]()
                 torch.cuda.synchronize()
@@ -40,7 +42,8 @@ def compile_once(tasks: Sequence[Task], dtype: str, who: Sequence[Provider]) -> 
 
 
 def distinct(tasks: Sequence[Task]) -> list[Task]:
-    """One task, the shortest, of those that compile the same kernels: a length matters only by its alignment."""
+    """One task, the shortest, of those that compile nearly the same kernels: a length matters by its alignment, and
+    by how many segments it gives."""
     chosen: dict[tuple, Task] = {}
     for shape, direction in tasks:
         key = (*shape._replace(T=shape.T if shape.T == 1 else shape.T % 16), direction)
@@ -49,17 +52,35 @@ def distinct(tasks: Sequence[Task]) -> list[Task]:
     return list(chosen.values())
 
 
+PARTS = 4
+
+
+def warm_up_jobs(tasks: Sequence[Task], who: Sequence[Provider]) -> list[list[str]]:
+    """Arguments of the processes that :func:`warm_up` starts, the most pressing first: our kernels, a process a task;
+    then peers, whose autotuners try dozens of configurations, by ``PARTS`` processes a task; then the lengths that
+    :func:`distinct` left out, for which little is left to compile."""
+    own, peers = ([p.name for p in who if (p.library is None) == ours] for ours in (True, False))
+    first = distinct(tasks)
+
+    def job(task: Task, names: Sequence[str], i: int = 0, n: int = 1) -> list[str]:
+        text = ",".join(map(str, task[0])) + ":" + task[1]
+        return ["--task", text, "--part", f"{i},{n}", *(word for name in names for word in ("--provider", name))]
+
+    jobs = [job(task, own) for task in first if own]
+    jobs += [job(task, [name], i, PARTS) for task in first for name in peers for i in range(PARTS)]
+    return jobs + [job(task, own) for task in tasks if own and task not in first]
+
+
 def warm_up(tasks: Sequence[Task], dtype: str, who: Sequence[Provider], seconds: float) -> None:
-    """:func:`compile_once` in several processes, one task each: heads are constants of the kernels, so that nearly
-    every row compiles its own, and one after another would take longer than all of the measuring."""
-    pending = [",".join(map(str, shape)) + ":" + direction for shape, direction in distinct(tasks)]
+    """:func:`compile_once` in several processes: heads are constants of the kernels, so that nearly every row
+    compiles its own, and one after another would take longer than all of the measuring."""
+    pending = warm_up_jobs(tasks, who)
     running: list[subprocess.Popen] = []
-    end, limit = time.perf_counter() + seconds, max(1, min(12, (os.cpu_count() or 2) - 1))
+    end, limit = time.perf_counter() + seconds, max(1, min(15, (os.cpu_count() or 2) - 1))
     while (pending or running) and time.perf_counter() < end:
         running = [process for process in running if process.poll() is None]
         while pending and len(running) < limit:
-            command = [sys.executable, "-m", "perf", "warm", "--dtype", dtype, "--task", pending.pop(0)]
-            command += [part for provider in who for part in ("--provider", provider.name)]
+            command = [sys.executable, "-m", "perf", "warm", "--dtype", dtype, *pending.pop(0)]
             running.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL))
         time.sleep(0.05)
     for process in running:
@@ -80,10 +101,12 @@ def measure_task(
     count = input_sets(device, least.bytes)
     sets = [make_inputs(shape, DTYPES[dtype], device, seed) for seed in range(count)]
     candidates, failed = bind_all(who, sets, direction)
-    errors = _differences(candidates)
+    errors = _differences(candidates) if len(candidates) > 1 else {}
     repeats = max(1, min(16, int(1.0 / (floor.ms * count)))) if device == "cuda" else 1
-    measured = interleave(candidates, clocks_of(device), seconds, repeats) + failed
-    peak = providers.peak_memory(sets[0]) if direction in ("backward", "forward+backward") else None
+    # The wall clock's preparation is a warm-up already, and a call on the CPU may take seconds.
+    warm = 2 if device == "cuda" else 0
+    measured = interleave(candidates, clocks_of(device), seconds, repeats, warm=warm) + failed
+    peak = _peak(sets[0]) if direction in ("backward", "forward+backward") else None
     rows = [
         make_row(
             shape, direction, dtype, m, least, floor, ceilings, errors.get(m.provider),
@@ -94,6 +117,14 @@ def measure_task(
     for row in rows:
         recorder.add(row)
     return rows
+
+
+def _peak(x: Inputs) -> float | None:
+    try:
+        return providers.peak_memory(x)
+    except Exception as error:  # the times are there already and must not be lost
+        print(f"peak memory: {describe(error)}", file=sys.stderr)
+        return None
 
 
 def _differences(candidates: Sequence[Candidate]) -> dict[str, float]:
@@ -134,7 +165,12 @@ def run(
         # On a GPU most of a row's share goes to making inputs and capturing graphs; two seconds are plenty of samples.
         share = left / (len(tasks) - i)
         seconds = min(2.0, share / 3) if device == "cuda" else 0.8 * share
-        for row in measure_task(task, dtype, device, who, seconds, recorder, ceilings):
+        try:
+            rows = measure_task(task, dtype, device, who, seconds, recorder, ceilings)
+        except Exception as error:  # inputs that do not fit must not lose the tasks after them
+            print(f"not measured: {task[0]} {task[1]}: {describe(error)}", flush=True)
+            continue
+        for row in rows:
             shown = "-" if row.p50_ms is None else f"{row.p50_ms:.4g} ms, {row.ratio:.2f} x floor"
             print(f"{row.shape} {row.direction} {row.provider}: {shown} {row.note}".rstrip(), flush=True)
     print("\n" + summary(recorder.rows, env, providers.OURS))

@@ -9,7 +9,6 @@ import typer
 
 from gdn_ops.cli.errors import UserError
 
-
 LARGEST = 2**63 - 1  # the largest seed that torch takes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gdn_ops.kernels.batch_invariance import batch_invariant
 from gdn_ops.ops.causal_conv1d import causal_conv1d, causal_conv1d_backward, causal_conv1d_update_
 from gdn_ops.ops.gated_delta_rule import (
     chunk_gated_delta_rule,
@@ -13,6 +14,7 @@ from gdn_ops.ops.gated_delta_rule import (
 )
 
 __all__ = [
+    "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_backward",
     "causal_conv1d_update_",

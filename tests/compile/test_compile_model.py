@@ -1,4 +1,4 @@
-"""Whole models under ``torch.compile``: training in one graph, any T without recompiling, checkpointing, CUDA graphs."""
+"""Models under ``torch.compile``: training in one graph, any T without recompiling, checkpointing, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 from gdn_ops.models import HybridConfig, HybridLM
 from gdn_ops.ops import save_list
 from tests.models.models import make, tokens
-from tests.oracle import assert_close
+from tests.oracle import TOLERANCE, assert_close
 
 LENGTHS = (70, 5, 64, 130)
 on_patterns = pytest.mark.parametrize("pattern", ["G", "GS"])
@@ -67,8 +67,8 @@ def train(model, step, optimizer_step, optimizer, device="cpu", lengths=LENGTHS,
     return torch.stack(losses)
 
 
-def adamw(model):
-    return torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-2, foreach=True)
+def adamw(model, lr=1e-2):
+    return torch.optim.AdamW(model.parameter_groups(0.1), lr=lr, foreach=True)
 
 
 @pytest.mark.slow
@@ -83,13 +83,9 @@ def test_training_gives_eagers_losses(pattern):
     got = train(compiled_model, compiled, torch.compile(optimizer.step), optimizer)
     assert_close(got, want, 1e-4, "losses")
     assert want.std() > 1e-3
-    assert not counters["graph_break"]
-    for (name, p), q in zip(model.named_parameters(), compiled_model.parameters()):
-        assert_close(q - make_start(pattern)[name], p - make_start(pattern)[name], 0.05, name)
-
-
-def make_start(pattern):
-    return dict(make(pattern, torch.float32, initializer_range=0.05).named_parameters())
+    start = make(pattern, torch.float32, initializer_range=0.05)
+    for (name, p), q, before in zip(model.named_parameters(), compiled_model.parameters(), start.parameters()):
+        assert_close(q - before, p - before, 0.05, name)
 
 
 @on_patterns
@@ -146,6 +142,17 @@ def test_padded_batches_are_one_graph():
     assert counter.frame_count == 1
 
 
+def test_autocast_is_one_graph():
+    """fp32 weights, bf16 products: the layers accept the wider stream under the compiler too."""
+    model, (ids, labels) = make("GS", torch.float32), ids_of(70)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = compiled(ids, labels=labels), model(ids, labels=labels)
+    assert got.logits.dtype == torch.bfloat16
+    assert_close(got.logits, want.logits, TOLERANCE[torch.bfloat16].values, "logits")
+    assert_close(got.loss, want.loss, 1e-4, "loss")
+
+
 @torch.no_grad()
 def test_prefill_and_steps_compile_once_each():
     """Any prompt length; steps past the ring's wrap-around."""
@@ -192,10 +199,6 @@ def rules_in(graph):
     return sum(node.target in save_list() for node in graph.graph.nodes)
 
 
-def rules_in(graph):
-    return sum(node.target in save_list() for node in graph.graph.nodes)
-
-
 def saved_by(graph):
     """How many numbers the forward graph hands to the backward graph, parameters aside."""
     outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
@@ -234,17 +237,17 @@ def test_checkpointing_compiles_once_for_every_length(kind):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("bad", ["width", "labels", "attention_mask"])
+@pytest.mark.parametrize("bad", ["input_ids", "labels", "attention_mask"])
 def test_bad_shapes_are_refused_by_the_compiled_model_too(bad):
     model, ids = make("GS", torch.float32), tokens(2, 9)
-    arguments = {
-        "width": {"input_ids": ids[0]},
-        "labels": {"labels": ids[:, 1:]},
-        "attention_mask": {"attention_mask": ids[0]},
-    }
+    wrong = {"input_ids": ids[0], "labels": ids[:, 1:], "attention_mask": ids[0]}
     compiled = torch.compile(model, backend="eager")
-    with pytest.raises(ValueError, match=f"{'input_ids' if bad == 'width' else bad}: expected"):
-        compiled(**{"input_ids": ids, **arguments[bad]})
+    with pytest.raises(ValueError, match=f"{bad}: expected"):
+        compiled(**{"input_ids": ids, bad: wrong[bad]})
+
+
+# At 1e-2, AdamW turns bf16's rounding into losses that differ by 2% after eight steps, compiled or not.
+BF16_RATE = 1e-3
 
 
 def on_cuda(pattern="GS", dtype=torch.float32, **overrides):
@@ -267,13 +270,13 @@ def autocast(function):
 def test_training_on_cuda(pattern):
     """bf16 autocast over many lengths without recompiling; eager's losses to bf16's rounding."""
     model, compiled_model = on_cuda(pattern), on_cuda(pattern)
-    optimizer = adamw(model)
+    optimizer = adamw(model, BF16_RATE)
     want = train(model, autocast(model), optimizer.step, optimizer, "cuda", rounds=2)
-    optimizer = adamw(compiled_model)
+    optimizer = adamw(compiled_model, BF16_RATE)
     compiled = autocast(torch.compile(compiled_model, fullgraph=True))
     got = train(compiled_model, compiled, torch.compile(optimizer.step), optimizer, "cuda", rounds=2)
-    assert got.isfinite().all() and not counters["graph_break"]
-    assert_close(got, want, 1e-2, "losses")
+    assert got.isfinite().all() and want.std() > 1e-3
+    assert_close(got, want, 2e-3, "losses")
 
 
 @pytest.mark.gpu
@@ -294,9 +297,9 @@ def test_fp32_gradients_on_cuda(pattern, kind):
 def test_cuda_graphs(pattern):
     """``mode="reduce-overhead"`` records and replays training steps: eager's losses, step by step."""
     model, compiled_model = on_cuda(pattern), on_cuda(pattern)
-    optimizer = adamw(model)
+    optimizer = adamw(model, BF16_RATE)
     want = train(model, autocast(model), optimizer.step, optimizer, "cuda", (130,), dynamic=False, rounds=6)
-    optimizer = adamw(compiled_model)
+    optimizer = adamw(compiled_model, BF16_RATE)
     compiled = autocast(torch.compile(compiled_model, fullgraph=True, mode="reduce-overhead"))
 
     def step(*args, **kwargs):
@@ -306,7 +309,7 @@ def test_cuda_graphs(pattern):
     got = train(compiled_model, step, optimizer.step, optimizer, "cuda", (130,), dynamic=False, rounds=6)
     assert counters["inductor"]["cudagraph_skips"] == 0
     assert want.unique().numel() == 6
-    assert_close(got, want, 1e-2, "losses")
+    assert_close(got, want, 2e-3, "losses")
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 from gdn_ops.export import export_program
 from gdn_ops.export.manifest import operators
 from gdn_ops.export.parity import compare
-from gdn_ops.export.program import flatten_state, nest_state
+from gdn_ops.export.program import flatten_state, nest_state, plan
 
 from tests.export import modules
 
@@ -120,3 +120,12 @@ def test_hybrid_programs_name_their_inputs(hybrid_programs):
 def test_hybrid_refuses_example_inputs():
     with pytest.raises(ValueError, match="expected None for a HybridLM"):
         export_program(hybrid(), example_inputs=(torch.ones(1, 1, dtype=torch.long),))
+
+
+def test_examples_are_contiguous_as_a_packages_inputs_are():
+    """Inductor compiles for the strides that it is shown: an example that is a view would spoil the package."""
+    strided = torch.arange(6.0).view(3, 2).mT
+    (example,) = plan(torch.nn.Identity(), (strided,))["forward"].args
+    assert example.is_contiguous() and torch.equal(example, strided)
+    for item in plan(hybrid()).values():
+        assert all(x.is_contiguous() for x in (item.args[0], *item.args[1].values()))

@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gdn_ops.kernels.batch_invariance import batch_invariant as whole_sequences
+
 PACKAGE = "gdn_ops.kernels.triton"
 
 
@@ -44,7 +46,7 @@ def cutting(shortest_segment: int | None = None, batch_invariant: bool = False) 
     usual = segments.SHORTEST
     segments.SHORTEST = shortest_segment or usual
     try:
-        with segments.batch_invariant() if batch_invariant else nullcontext():
+        with whole_sequences() if batch_invariant else nullcontext():
             yield
     finally:
         segments.SHORTEST = usual

@@ -27,7 +27,7 @@ GROUPS = {
     "sm_120": ("fp32 128/128",),
     "gfx942": ("bf16 128/128", "bf16 64/64"),
 }
-ALWAYS = ("causal_conv1d", "recurrent", "chunk_forward", "chunk_backward")
+ALWAYS = ("causal_conv1d", "chunk_table", "recurrent", "chunk_forward", "chunk_backward")
 KERNELS = sorted({x.fn.__name__ for x in report.jit_functions() if x.fn.__name__.endswith("_kernel")})
 
 

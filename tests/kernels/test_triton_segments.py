@@ -29,14 +29,13 @@ def test_segments_of_two_chunks_and_a_short_last_one(device, dtype):
     check_chunk(x, shortest_segment=2)
 
 
-@pytest.mark.parametrize("initial_state", [False, True])
-def test_rows_of_one_chunk_segments(device, initial_state):
-    x = make_inputs(2, 150, 1, 1, 16, 16, torch.bfloat16, device, initial_state=initial_state)
+def test_rows_of_one_chunk_segments_without_initial_state(device):
+    x = make_inputs(2, 150, 1, 1, 16, 16, torch.bfloat16, device)
     assert segment_of(x, shortest_segment=1) == 1
     check_chunk(x, shortest_segment=1)
 
 
-@pytest.mark.parametrize("bounds", [[0, 0, 0, 201, 201], [0, 70, 70, 71, 265]], ids=lambda b: "-".join(map(str, b)))
+@pytest.mark.parametrize("bounds", [[0, 0, 201, 201], [0, 70, 70, 71, 265]], ids=lambda b: "-".join(map(str, b)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_sequences_in_segments(device, dtype, bounds):
     """Empty sequences, which have no segment, before and behind; one shorter than a segment; one of several."""
@@ -97,7 +96,7 @@ def test_batch_invariant_keeps_sequences_whole(device):
 
 
 def test_same_bits_twice(device):
-    x = make_inputs(1, 150, 1, 2, 16, 16, torch.bfloat16, device, initial_state=True, cu_seqlens=[0, 150])
+    x = make_inputs(1, 140, 1, 1, 16, 16, torch.bfloat16, device, initial_state=True, cu_seqlens=[0, 140])
     do, ds = cotangents(x)
     first, second = (chunk(x, do, ds, shortest_segment=1) for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
@@ -142,3 +141,21 @@ def test_table(device, bounds, T, segment, dtype):
         assert table.segment_offsets is None and table.segments == table.sequences
     else:
         assert table.segment_offsets.tolist() == segments and table.segments >= segments[-1]
+
+
+def test_batch_invariant_token_alone_and_packed(device):
+    """One token, which is otherwise the recurrent kernel's, has the bits that it has between others."""
+    x = make_inputs(1, 5, 1, 2, 16, 16, torch.bfloat16, device, initial_state=True, cu_seqlens=[0, 2, 3, 5])
+    do, ds = cotangents(x)
+    company = chunk(x, do, ds, batch_invariant=True)
+    alone = {n: x[n][:, 2:3] for n in ("q", "k", "v", "g", "beta")}
+    alone |= {"initial_state": x["initial_state"][1:2], "cu_seqlens": None}
+    for n, t in chunk(alone, do[:, 2:3], ds[1:2], batch_invariant=True).items():
+        assert torch.equal(t, company[n][1:2] if "state" in n else company[n][:, 2:3]), n
+
+
+def test_gates_that_are_not_numbers_show(device):
+    x = make_inputs(1, 70, 1, 1, 16, 16, torch.bfloat16, device)
+    x["g"][:, 66] = float("nan")
+    o = forward(x)["o"]
+    assert o[:, :64].isfinite().all() and o[:, 66:].isnan().all()

@@ -64,9 +64,9 @@ def test_every_preset_is_listed_and_valid():
 def test_presets_take_overrides():
     x = HybridConfig.preset("h1-0.4b", vocab_size=50304, pattern="GGS")
     assert x.vocab_size == 50304 and x.pattern == ("gdn", "gdn", "swa") and x.hidden_size == 1536
-    with pytest.raises(ValueError, match="preset: expected one of tiny, gdn-0.4b.*, got 'huge'"):
+    with pytest.raises(ValueError, match=r"preset: expected one of tiny, gdn-0\.4b.*, got 'huge'"):
         HybridConfig.preset("huge")
-    with pytest.raises(ValueError, match="widow: expected one of the fields vocab_size, .*, got 'widow'"):
+    with pytest.raises(ValueError, match=r"widow: expected one of the fields vocab_size, .*, got 'widow'"):
         HybridConfig.preset("tiny", widow=3)
 
 

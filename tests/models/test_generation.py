@@ -8,6 +8,7 @@ import torch
 from gdn_ops.models import generation
 from gdn_ops.models.generation import Sampling
 from tests.models.models import PATTERNS, make, tokens
+from tests.nn.samples import AGREEMENT
 from tests.oracle import DEVICES, assert_close
 
 PROMPT = tokens(2, 9)
@@ -23,7 +24,7 @@ def greedy(model, ids, count):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_greedy_is_the_full_forwards_argmax(pattern, device):
-    model, ids = make(pattern, device=device), PROMPT.to(device)
+    model, ids = make(pattern, AGREEMENT[device][0], device), PROMPT.to(device)
     with torch.no_grad():
         want = greedy(model, ids, 20)
     got = model.generate(ids, max_new_tokens=20)

@@ -12,7 +12,7 @@ from gdn_ops.models import HybridConfig, HybridLM, hybrid
 from gdn_ops.ops import save_list
 from tests.models.models import PATTERNS, make, tokens
 from tests.nn import plain
-from tests.nn.samples import LAYOUTS, LENGTHS, mask
+from tests.nn.samples import AGREEMENT, LAYOUTS, LENGTHS, mask
 from tests.oracle import DEVICES, TOLERANCE, assert_close, error
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -60,7 +60,7 @@ def test_logits_loss_and_gradients(pattern, dtype, tied, device):
     loss.backward()
     assert output.state is None and output.logits.dtype == dtype and output.loss.dtype == torch.float32
     assert_close(output.logits, want, 3 * TOLERANCE[dtype].values, "logits")
-    assert_close(output.loss, loss, 1e-6, "loss")
+    assert_close(output.loss, loss, 1e-5, "loss")
     for name, p in model.named_parameters():  # the loss is computed in fp32 whatever the model's dtype
         assert_close(p.grad, weights[name].grad, 2 * TOLERANCE[torch.float32].grads, "d" + name)
 
@@ -90,25 +90,26 @@ def test_ignored_labels():
     output = model(ids, labels=labels)
     losses = by_hand(output.logits, ids)
     scored = labels[:, 1:] != -100
-    assert_close(output.loss, losses[scored].mean(), 1e-6, "loss")
+    assert_close(output.loss, losses[scored].mean(), 1e-5, "loss")
     nothing = model(ids, labels=torch.full_like(ids, -100)).loss
     assert nothing.item() == 0 and nothing.isfinite()
     assert model(ids[:, :1], labels=ids[:, :1]).loss.item() == 0
 
 
+@on_devices
 @every_pattern
-def test_packed_equals_separate(pattern):
+def test_packed_equals_separate(pattern, device):
     """Logits, and a loss that scores nothing across a boundary; an empty sequence between."""
-    model = make(pattern)
-    texts = [tokens(1, n, seed=n) for n in LENGTHS]
+    dtype, tol = AGREEMENT[device]
+    model, texts = make(pattern, dtype, device), [tokens(1, n, seed=n, device=device) for n in LENGTHS]
     packed = torch.cat(texts, 1)
-    bounds = torch.tensor([0, 9, 9, *torch.tensor(LENGTHS).cumsum(0)[1:].tolist()], dtype=torch.int32)
+    bounds = torch.tensor([0, 9, 9, 79, 80, 113], dtype=torch.int32, device=device)
     output = model(packed, labels=packed, cu_seqlens=bounds)
     separate = [model(ids).logits for ids in texts]
-    assert_close(output.logits, torch.cat(separate, 1), 1e-11, "logits")
+    assert_close(output.logits, torch.cat(separate, 1), tol, "logits")
     losses = torch.cat([by_hand(logits, ids)[0] for logits, ids in zip(separate, texts)])
     assert losses.numel() == sum(LENGTHS) - len(LENGTHS)
-    assert_close(output.loss, losses.mean(), 1e-6, "loss")
+    assert_close(output.loss, losses.mean(), 1e-5, "loss")
 
 
 def test_packed_states_of_a_model_without_attention():
@@ -124,45 +125,48 @@ def test_packed_states_of_a_model_without_attention():
         assert_same_state(rows_of(output.state, slice(n, n + 1)), state)
 
 
+@on_devices
 @every_pattern
 @every_layout
-def test_padding_equals_unpadded_rows(pattern, layout):
+def test_padding_equals_unpadded_rows(pattern, layout, device):
     """Logits, states and the loss, with a state going in; whatever token stands at the padding."""
-    model, attention_mask = make(pattern), mask(layout)
-    texts = [tokens(1, n, seed=n) for n in LENGTHS]
-    ids = tokens(*attention_mask.shape, seed=9)
+    dtype, tol = AGREEMENT[device]
+    model, attention_mask = make(pattern, dtype, device), mask(layout, device=device)
+    texts = [tokens(1, n, seed=n, device=device) for n in LENGTHS]
+    ids = tokens(*attention_mask.shape, seed=9, device=device)
     for row, text in enumerate(texts):
         ids[row, attention_mask[row] == 1] = text[0]
-    start = model.prefill(tokens(len(LENGTHS), 6), model.init_state(len(LENGTHS)))[1]
+    start = model.prefill(tokens(len(LENGTHS), 6, device=device), model.init_state(len(LENGTHS)))[1]
     output = model(ids, labels=ids, state=start, attention_mask=attention_mask)
     last, last_state = model.prefill_last(ids, start, attention_mask)
     losses = []
     for row, text in enumerate(texts):
         here = slice(row, row + 1)
         logits, state = model.prefill(text, rows_of(start, here))
-        assert_close(output.logits[row, attention_mask[row] == 1], logits[0], 1e-11, f"logits of row {row}")
-        assert_close(last[here], logits[:, -1], 1e-11, f"last logits of row {row}")
+        assert_close(output.logits[row, attention_mask[row] == 1], logits[0], tol, f"logits of row {row}")
+        assert_close(last[here], logits[:, -1], tol, f"last logits of row {row}")
         for got in (output.state, last_state):
-            assert_same_state(rows_of(got, here), state)
+            assert_same_state(rows_of(got, here), state, tol)
         losses.append(by_hand(logits, text)[0])
-    assert_close(output.loss, torch.cat(losses).mean(), 1e-6, "loss")
+    assert_close(output.loss, torch.cat(losses).mean(), 1e-5, "loss")
 
 
 @on_devices
 @every_pattern
 @torch.no_grad()
 def test_prefill_and_steps_equal_the_whole(pattern, device):
-    model, ids = make(pattern, device=device), tokens(2, 40, device=device)
+    dtype, tol = AGREEMENT[device]
+    model, ids = make(pattern, dtype, device), tokens(2, 40, device=device)
     whole = model(ids).logits
     logits, state = model.prefill(ids[:, :19], model.init_state(2))
-    assert_close(logits, whole[:, :19], 1e-11, "first part")
+    assert_close(logits, whole[:, :19], tol, "first part")
     logits, state = model.prefill(ids[:, 19:30], state)
-    assert_close(logits, whole[:, 19:30], 1e-11, "second part")
+    assert_close(logits, whole[:, 19:30], tol, "second part")
     for t in range(30, 40):
         logits, state = model.step(ids[:, t], state)
-        assert_close(logits, whole[:, t], 1e-11, f"step at {t}")
+        assert_close(logits, whole[:, t], tol, f"step at {t}")
     assert state["position"].tolist() == [40, 40]
-    assert_same_state(state, model.prefill(ids, model.init_state(2))[1])
+    assert_same_state(state, model.prefill(ids, model.init_state(2))[1], tol)
 
 
 @every_pattern

@@ -148,7 +148,7 @@ def test_a_failed_save_leaves_the_old_one_whole(saved, monkeypatch, fails):
         raise OSError("no space left on device")
 
     if fails == "weights":
-        save_file, load_file, error = pretrained._safetensors()
+        _, load_file, error = pretrained._safetensors()
         monkeypatch.setattr(pretrained, "_safetensors", lambda: (disk_full, load_file, error))
     else:
         monkeypatch.setattr(pretrained.json, "dumps", disk_full)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from gdn_ops.nn import SlidingWindowAttention, sliding_window_attention
 from tests.nn import plain
-from tests.nn.samples import LAYOUTS, LENGTHS, mask, padded, rows
+from tests.nn.samples import AGREEMENT, LAYOUTS, LENGTHS, mask, padded, rows
 from tests.oracle import DEVICES, TOLERANCE, assert_close, error
 
 WIDTH = 16
@@ -60,16 +60,20 @@ def test_values_and_gradients(window, num_kv_heads, dtype, device):
             assert_close(p.grad, weights[name].grad, TOLERANCE[dtype].grads, "d" + name)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("T", [1, 127, 128, 129, 300])
-@pytest.mark.parametrize("window", [100, 128, 129, 300])
-def test_block_boundaries(window, T):
-    """Lengths and windows around the size of a block, without gradients and (another size) with them."""
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("T", [1, 127, 128, 129, 300, 1100])
+@pytest.mark.parametrize("window", [100, 128, 129, 300, 600])
+def test_block_boundaries(window, T, gradients):
+    """Lengths and windows around the sizes of blocks, which differ with and without gradients; whole and in two."""
     layer, x = make(window), make_input(1, T)
-    want = plain.sliding_window_attention(layer, plain.wide(layer), x)
-    assert_close(layer(x)[0], want, 1e-11, "y")
-    with torch.enable_grad():
-        assert_close(layer(x)[0], want, 1e-11, "y")
+    with torch.set_grad_enabled(gradients):
+        want = plain.sliding_window_attention(layer, plain.wide(layer), x)
+        y, state = layer(x, output_state=True)
+        assert_close(y, want, 1e-11, "y")
+        first, halfway = layer(x[:, : T // 3 + 1], output_state=True)
+        last, state_of_two = layer(x[:, T // 3 + 1 :], state=halfway) if T > 1 else (x[:, 1:], halfway)
+    assert_close(torch.cat([first, last], 1), want, 1e-11, "y in two")
+    assert_same_state(state_of_two, state)
 
 
 def test_other_head_dim_and_theta():
@@ -103,14 +107,15 @@ def test_autocast_keeps_the_ring_as_it_is(device):
 @torch.no_grad()
 def test_split_prefill_and_steps_equal_the_whole(window, device):
     """The ring wraps around: in the middle of a prefill, in steps, and several times at once."""
-    layer, x = make(window, device=device), make_input(2, 70, device=device)
+    dtype, tol = AGREEMENT[device]
+    layer, x = make(window, dtype=dtype, device=device), make_input(2, 70, dtype=dtype, device=device)
     whole, whole_state = layer(x, output_state=True)
     state, parts = None, []
     for start, end in ((0, 3), (3, 4), (4, 31), (31, 32), (32, 33), (33, 35), (35, 70)):
         y, state = layer(x[:, start:end], state=state, output_state=True)
         parts.append(y)
-    assert_close(torch.cat(parts, 1), whole, 1e-11, "y")
-    assert_same_state(state, whole_state)
+    assert_close(torch.cat(parts, 1), whole, tol, "y")
+    assert_same_state(state, whole_state, tol)
 
 
 @torch.no_grad()
@@ -173,15 +178,16 @@ def test_gradients_pass_through_the_ring():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padding_equals_unpadded_rows(window, layout, device):
     """With a ring going in, on any side, whatever stands at the padding."""
-    layer, attention_mask = make(window, device=device), mask(layout, device=device)
-    x = rows(WIDTH, device=device)
-    _, start = layer(make_input(len(LENGTHS), 6, device=device), output_state=True)
+    dtype, tol = AGREEMENT[device]
+    layer, attention_mask = make(window, dtype=dtype, device=device), mask(layout, device=device)
+    x = rows(WIDTH, dtype, device)
+    _, start = layer(make_input(len(LENGTHS), 6, dtype=dtype, device=device), output_state=True)
     y, state = layer(padded(x, attention_mask), attention_mask, start)
     for row, tokens in enumerate(x):
         own = {n: s[row : row + 1] for n, s in start.items()}
         want, want_state = layer(tokens, state=own)
-        assert_close(y[row, attention_mask[row] == 1], want[0], 1e-11, f"y of row {row}")
-        assert_same_state({n: s[row : row + 1] for n, s in state.items()}, want_state)
+        assert_close(y[row, attention_mask[row] == 1], want[0], tol, f"y of row {row}")
+        assert_same_state({n: s[row : row + 1] for n, s in state.items()}, want_state, tol)
 
 
 def test_one_padded_token_is_no_step():
@@ -196,11 +202,12 @@ def test_one_padded_token_is_no_step():
 @on_devices
 @every_window
 def test_packed_equals_separate(window, device):
-    layer, x = make(window, device=device), rows(WIDTH, device=device)
+    dtype, tol = AGREEMENT[device]
+    layer, x = make(window, dtype=dtype, device=device), rows(WIDTH, dtype, device)
     bounds = torch.tensor([0, 0, *LENGTHS], device=device).cumsum(0).int()
     y, _ = layer(torch.cat(x, 1), cu_seqlens=bounds)
     want = torch.cat([layer(tokens)[0] for tokens in x], 1)
-    assert_close(y, want, 1e-11, "y")
+    assert_close(y, want, tol, "y")
 
 
 class LargestResult(TorchDispatchMode):

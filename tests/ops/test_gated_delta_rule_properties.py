@@ -156,3 +156,36 @@ def test_a_second_derivative_is_refused_rather_than_wrong(function, device):
     (dq,) = torch.autograd.grad(function(**x)[0].square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="chunk_gated_delta_rule_backward has no gradient"):
         torch.autograd.grad(dq.sum(), q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_batch_mates(device, dtype):
+    """Alone, in a batch and packed between others, forward and backward, a sequence has the same bits."""
+    # On CUDA alone in segments, in the batch whole and by other tiles, if it were not for the switch.
+    B, T = (40, 600) if device == "cuda" else (5, 70)
+    x = make_inputs(B, T, 1, 2, 32, 64, dtype, device, initial_state=True)
+    do, ds = cotangents(x)
+    row = slice(2, 3)
+    alone = {n: t if t is None else t[row] for n, t in x.items()}
+    packed = {n: t if n == "initial_state" or t is None else t.flatten(0, 1)[None] for n, t in x.items()}
+    packed["cu_seqlens"] = torch.arange(B + 1, device=device) * T
+    with gdn_ops.ops.batch_invariant():
+        want = run_with_gradients(gdn_ops.chunk_gated_delta_rule, alone, do[row], ds[row])
+        batch = run_with_gradients(gdn_ops.chunk_gated_delta_rule, x, do, ds)
+        pack = run_with_gradients(gdn_ops.chunk_gated_delta_rule, packed, do.flatten(0, 1)[None], ds)
+    for name, t in want.items():
+        assert torch.equal(batch[name][row], t), name
+        of_states = name in ("final_state", "dinitial_state")
+        assert torch.equal((pack[name] if of_states else pack[name].unflatten(1, (B, T))[0])[row], t), name
+
+
+def test_batch_invariance_ends_with_its_block(device):
+    """Also after an error; and blocks nest."""
+    from gdn_ops.kernels.batch_invariance import is_batch_invariant
+
+    with pytest.raises(KeyError), gdn_ops.ops.batch_invariant():
+        with gdn_ops.ops.batch_invariant():
+            pass
+        assert is_batch_invariant()
+        raise KeyError
+    assert not is_batch_invariant()

@@ -355,8 +355,10 @@ def _backward_dense(do, dfinal_state, q, k, v, g, beta, initial_state, scale) ->
         return (*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)), dS.clone())
     grads, dstate = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)], dS.clone()
     for keys, values in _head_blocks(q, v):
-        own = [(*(x[:, :, keys] for x in some[:2]), *(x[:, :, values] for x in some[2:]))
-               for some in ((q, k, v, g, beta), grads)]
+        own = [
+            (*(x[:, :, keys] for x in some[:2]), *(x[:, :, values] for x in some[2:]))
+            for some in ((q, k, v, g, beta), grads)
+        ]
         dstate[:, values] = _backward_heads(*own[0], do[:, :, values], S[:, values], dS[:, values], scale, own[1])
     return (*grads, dstate)
 

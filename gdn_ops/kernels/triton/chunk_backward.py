@@ -10,7 +10,7 @@
    Two of the three products are a chain; everything else stands outside the loop over chunks.
 3. **value_gradient_kernel**, one program a (chunk, value head): everything with an extent of value columns::
 
-       X = inverse^T dU          dV = beta * X          dP = scale * (dO V'^T) * D          dA = strict_lower(X V'^T) * D
+       X = inverse^T dU     dV = beta * X     dP = scale * (dO V'^T) * D     dA = strict_lower(X V'^T) * D
 
    The gradient of the inverse, ``-inverse^T (dT) inverse^T``, needs no other product: U - W S is V', so what comes
    through U and through W adds to ``X V'^T``.
@@ -43,6 +43,7 @@ from gdn_ops.kernels.triton.chunk_forward import (
     is_narrow,
     scan_configuration,
     scan_segment,
+    two_tokens,
 )
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of, chunk_table, segment_of
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
@@ -523,14 +524,17 @@ def scan_both_ways(
 
 
 def value_gradient_configuration(x: Tensor, V: int) -> dict[str, int]:
-    """Narrow tiles by four warps: three blocks a multiprocessor (219 registers, bf16, sm_90)."""
-    return {"BV": max(16, min(32, triton.next_power_of_2(V))), "num_warps": 4, "num_stages": 2}
+    """Narrow tiles by four warps: two blocks a multiprocessor (215 registers, bf16, sm_90)."""
+    warps = 4 if x.element_size() == 2 else 8
+    return {"BV": max(16, min(32, triton.next_power_of_2(V))), "num_warps": warps, "num_stages": 2}
 
 
 def key_gradient_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
-    """Three accumulators ``[C, BK]``: 64 columns leave registers for two blocks a multiprocessor."""
-    BK, BV = max(16, min(64, triton.next_power_of_2(K))), max(16, min(32, triton.next_power_of_2(V)))
-    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": 2}
+    """Three accumulators ``[C, BK]``: 64 columns leave registers for two blocks a multiprocessor. Products of fp32
+    operands keep them in registers besides: 32 columns by eight warps spill .5 KB a thread, 64 by four 31 KB."""
+    widest, warps = (64, 4) if x.element_size() == 2 else (32, 8)
+    BK, BV = max(16, min(widest, triton.next_power_of_2(K))), max(16, min(32, triton.next_power_of_2(V)))
+    return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 2}
 
 
 def chunk_backward(
@@ -545,11 +549,7 @@ def chunk_backward(
         dq, dk, dv, *others = chunk_backward(wide[0], dfinal_state, *wide[1:], g, beta, *rest)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *others
     if isinstance(T, int) and T == 1:
-        # A length of one is a constant to Triton, which then drops the loop; version 3.6's code for what remains reads
-        # shared memory out of range on Hopper.
-        longer = (torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, 1)) for x in (q, k, v, g, beta))
-        longer_do = torch.nn.functional.pad(do, (0, 0, 0, 0, 0, 1))
-        *grads, dS = chunk_backward(longer_do, dfinal_state, *longer, *rest)
+        *grads, dS = chunk_backward(two_tokens(do), dfinal_state, *map(two_tokens, (q, k, v, g, beta)), *rest)
         return (*(x[:, :1].contiguous() for x in grads), dS)
     K, V = q.shape[3], v.shape[3]
     q, k, v, do = aligned(q), aligned(k), aligned(v), aligned(do)

@@ -9,8 +9,9 @@ Four products a chunk, of which only ``W S -> V' -> K^T V'`` is a chain; the loa
 meanwhile. The backward runs the same scan with ``states`` and ``written`` (the state before each chunk, and V') in
 place of ``o``. With few heads a program owns a segment of the sequence instead (``segments.py``).
 
-Heads narrower than a tensor core's tile (16) are computed in fp32, a single token by the recurrent kernel, and 16-bit
-features are padded to multiples of 16, which keeps every row on a 16-byte boundary.
+Heads narrower than a tensor core's tile (16) are computed in fp32, and 16-bit features are padded to multiples of 16,
+which keeps every row on a 16-byte boundary. A single token is the recurrent kernel's, unless its bits must be those
+that it has in company (``batch_invariance.py``).
 
 Same inputs, same bits: no atomics, and a program's order of work depends on its own sequence only.
 """
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_ops.kernels.batch_invariance import is_batch_invariant
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_table, segment_of
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
@@ -211,7 +213,8 @@ def scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> dict[str
     ``heads`` is the number of (segment, value head) pairs, None when it is symbolic. Measured on an H200
     (``K = V = 128``, bf16): ``BV=32``, four warps, three stages while every program has a multiprocessor of its own;
     with more than that, ``BV=64`` reads W, Q, K and P fewer times. With one stage, Triton 3.6's code for 16-bit
-    operands is *wrong* on Hopper, so wide keys get narrow tiles that leave room for two.
+    operands is *wrong* on Hopper, so wide keys get narrow tiles that leave room for two. fp32 operands are multiplied
+    in registers, which takes eight warps.
     """
     size, chip = x.element_size(), chip_of(x)
     BK = max(16, triton.next_power_of_2(K))
@@ -221,7 +224,7 @@ def scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> dict[str
     BV = max(16, min(BV, triton.next_power_of_2(V)))
     stage = CHUNK * (3 * BK + CHUNK + BV) * size
     stages = max(1, min(3, (chip.shared_memory - BK * BV * size) // stage))
-    return {"BK": BK, "BV": BV, "num_warps": 4, "num_stages": stages}
+    return {"BK": BK, "BV": BV, "num_warps": 4 if size == 2 else 8, "num_stages": stages}
 
 
 def scan(
@@ -253,8 +256,20 @@ def aligned(x: Tensor) -> Tensor:
     """
     if x.element_size() == 2 and x.shape[-1] % 16 != 0:
         return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16))
-    even = all(stride % 16 == 0 for stride in x.stride()[:-1]) and x.storage_offset() % 8 == 0
+    if x.is_contiguous():
+        return x
+    # The batch's stride last: it may be a symbol, whose remainder would become a guard.
+    even = all(stride % 16 == 0 for stride in x.stride()[-2::-1]) and x.storage_offset() % 8 == 0
     return x if x.stride(-1) == 1 and even and x.stride(1) <= 2**24 else x.contiguous()
+
+
+def two_tokens(x: Tensor) -> Tensor:
+    """``x [B, 1, ...]`` and a token of zeros, which changes nothing: it writes nothing and decays nothing.
+
+    A length of one is a constant to Triton, which then drops the loop over chunks; version 3.6's code for what remains
+    reads shared memory out of range on Hopper.
+    """
+    return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, 1))
 
 
 def aligned_state(state: Tensor | None, q: Tensor, v: Tensor) -> Tensor | None:
@@ -273,11 +288,15 @@ def chunk_forward(
     B, T, _, K = q.shape
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rest = (initial_state, cu_seqlens, scale, output_final_state)
     if isinstance(T, int) and T == 1:
-        return recurrent_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state)
+        if not is_batch_invariant():
+            return recurrent_forward(q, k, v, g, beta, *rest)
+        o, final_state = chunk_forward(*map(two_tokens, (q, k, v, g, beta)), *rest)
+        return o[:, :1].contiguous(), final_state
     if is_narrow(q, v):
         wide = (x.to(torch.float32) for x in (q, k, v))
-        o, final_state = chunk_forward(*wide, g, beta, initial_state, cu_seqlens, scale, output_final_state)
+        o, final_state = chunk_forward(*wide, g, beta, *rest)
         return o.to(v.dtype), final_state
     q, k, v = aligned(q), aligned(k), aligned(v)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
 from gdn_ops.kernels.triton.launch import launch
 
 CHUNK = 64
@@ -175,3 +176,11 @@ def chunk_table(B: int, T: int, cu_seqlens: Tensor | None, segment: int | None) 
     chunks = triton.cdiv(T, CHUNK) + N - 1
     segments = N if segment is None else triton.cdiv(triton.cdiv(T, CHUNK), segment) + N - 1
     return ChunkTable(bounds, chunk_offsets, segment_offsets, chunks, N, segment, segments)
+
+
+def ahead_of_time_cases() -> list[CompileCase]:
+    cases = []
+    for name, dtype, segment in (("int32 whole", torch.int32, None), ("int64 segments", torch.int64, 8)):
+        cu_seqlens = torch.empty((4,), dtype=dtype, device="meta")
+        cases += cases_of_call(f"chunk_table {name}", chunk_table, 1, 1024, cu_seqlens, segment)
+    return cases

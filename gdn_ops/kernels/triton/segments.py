@@ -11,15 +11,12 @@ each sequence is cut into segments, and a scan takes three steps:
 
 In the backward the gradient of the state goes the other way, ``dS -> M^T dS + B'``, with the same ``M``; ``B'`` is
 what the reverse scan makes of zero. The maps are applied with fp32 accuracy. Which segments are taken changes the
-rounding of the result; :func:`batch_invariant` keeps sequences whole. The scheme is FlashInfer's and FlashQLA's
+rounding of the result; ``batch_invariance.py`` keeps sequences whole. The scheme is FlashInfer's and FlashQLA's
 (segment-parallel prefill).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -27,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_ops.kernels.batch_invariance import is_batch_invariant
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, segment_of
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk, precision_of, strides_of
@@ -36,18 +34,6 @@ from gdn_ops.kernels.triton.launch import launch
 # have more programs anyhow. Chips with 64 KiB cut no sequences of keys wider than half of that.
 WIDEST = 128
 SHORTEST = 4  # chunks: shorter segments cost more in maps than they gain
-
-_whole: ContextVar[bool] = ContextVar("gdn_ops_batch_invariant", default=False)
-
-
-@contextmanager
-def batch_invariant() -> Iterator[None]:
-    """Inside, no sequence is cut into segments: its bits depend on nothing but itself."""
-    token = _whole.set(True)
-    try:
-        yield
-    finally:
-        _whole.reset(token)
 
 
 def segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, ways: int = 1) -> int | None:
@@ -61,7 +47,7 @@ def segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, ways: int = 
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chip = chip_of(q)
     widest = WIDEST if chip.shared_memory > 98304 else WIDEST // 2
-    if _whole.get() or widest < K or not isinstance(N, int):
+    if is_batch_invariant() or widest < K or not isinstance(N, int):
         return None
     parts = chip.multiprocessors // (N * HV * triton.cdiv(V, 32))
     if parts < 2 * ways:
@@ -242,7 +228,7 @@ def maps(x: IntraChunk, k: Tensor, v: Tensor, table: ChunkTable, last: bool) -> 
     launch(map_kernel)[(table.segments * HV * (triton.cdiv(K, BV) + triton.cdiv(V, BV)),)](
         k=k, W=x.W, U=x.U, from_start=x.from_start, to_end=x.to_end, M=M, B=B, T=T, **strides_of("k", k),
         H=H, HV=HV, K=K, V=V, BK=BK, BV=BV, C=CHUNK, PRECISION=precision_of(k), LAST=last,
-        **table.segment_arguments(), num_warps=4, num_stages=stages,
+        **table.segment_arguments(), num_warps=4 if k.element_size() == 2 else 8, num_stages=stages,
     )  # fmt: skip
     return Maps(M, B)
 

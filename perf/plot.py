@@ -1,0 +1,117 @@
+"""Pictures of CSV files, drawn from nothing else: one PNG a device, direction and dtype.
+
+A group of bars a shape, a bar a provider: p50 as its height, p20 to p80 as the whisker, and the floor as a black line
+across the group. Where a CSV has a row more than once, the last counts. Needs matplotlib, which the ``train`` extra
+installs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from perf.records import read_csv
+from perf.shapes import Shape
+
+COLUMNS = ("direction", "H", "HV", "N", "T", "K", "V", "dtype", "provider", "p20_ms", "p50_ms", "p80_ms", "floor_ms")
+
+
+class Bar(NamedTuple):
+    """Milliseconds a call."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+class Picture(NamedTuple):
+    """What one PNG shows: ``bars[shape][provider]`` and the floor of each shape, in the CSV's order."""
+
+    device: str
+    direction: str
+    dtype: str
+    bars: dict[Shape, dict[str, Bar]]
+    floors: dict[Shape, float]
+
+    @property
+    def name(self) -> str:
+        words = re.sub(r"[^a-z0-9]+", "-", f"{self.device} {self.direction} {self.dtype}".lower())
+        return words.strip("-") + ".png"
+
+    @property
+    def providers(self) -> list[str]:
+        return list(dict.fromkeys(provider for bars in self.bars.values() for provider in bars))
+
+
+def pictures(paths: Sequence[Path]) -> list[Picture]:
+    """The rows of the files by picture; rows without a time are left out.
+
+    Raises ValueError for a file that lacks a column, naming it, and when no row has a time.
+    """
+    found: dict[tuple[str, str, str], Picture] = {}
+    for path in paths:
+        for line in read_csv([path]):
+            missing = [column for column in (*COLUMNS, "device") if line.get(column) is None]
+            if missing:
+                raise ValueError(f"{path}: expected the columns of python -m perf, got none named {', '.join(missing)}")
+            if not line["p50_ms"]:
+                continue
+            key = line["device"], line["direction"], line["dtype"]
+            picture = found.setdefault(key, Picture(*key, {}, {}))
+            shape = Shape(*(int(line[field]) for field in Shape._fields))
+            bar = Bar(*(float(line[column]) for column in ("p20_ms", "p50_ms", "p80_ms")))
+            picture.bars.setdefault(shape, {})[line["provider"]] = bar
+            picture.floors[shape] = float(line["floor_ms"])
+    if not found:
+        raise ValueError(f"csv: expected at least one row with a time, got none in {', '.join(map(str, paths))}")
+    return list(found.values())
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("python -m perf plot needs matplotlib: pip install 'gdn-ops[train]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw(paths: Sequence[Path], out: Path) -> list[Path]:
+    """Writes the PNG files into the directory ``out`` and returns their paths.
+
+    Raises ValueError as :func:`pictures` does, and ImportError where matplotlib is missing.
+
+    >>> draw([Path("perf/results/cpu.csv")], Path("/tmp/plots"))  # doctest: +SKIP
+    """
+    todo, plt = pictures(paths), _pyplot()
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for picture in todo:
+        width = 0.8 / len(picture.providers)
+        figure, axes = plt.subplots(figsize=(max(6.0, 1.6 * len(picture.bars) + 2), 4.5), layout="constrained")
+        for i, provider in enumerate(picture.providers):
+            places = [(x, bars[provider]) for x, bars in enumerate(picture.bars.values()) if provider in bars]
+            axes.bar(
+                [x + (i + 0.5) * width - 0.4 for x, _ in places],
+                [bar.p50 for _, bar in places],
+                width,
+                yerr=[[bar.p50 - bar.p20 for _, bar in places], [bar.p80 - bar.p50 for _, bar in places]],
+                label=provider,
+                capsize=2,
+            )
+        for x, floor in enumerate(picture.floors.values()):
+            axes.plot([x - 0.42, x + 0.42], [floor, floor], "k-", linewidth=1.2, label="floor" if x == 0 else None)
+        axes.set_xticks(range(len(picture.bars)), [str(shape) for shape in picture.bars])
+        axes.set_yscale("log")
+        axes.set_ylabel("ms a call (p50; whiskers p20 to p80)")
+        axes.set_xlabel("H/HV, sequences x tokens")
+        axes.set_title(f"{picture.direction}, {picture.dtype}, {picture.device}")
+        axes.legend(fontsize="small")
+        written.append(out / picture.name)
+        figure.savefig(written[-1], dpi=120)
+        plt.close(figure)
+    return written

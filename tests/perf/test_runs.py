@@ -1,0 +1,232 @@
+"""A run end to end on the CPU: ours measured, absent and broken peers noted, the budget kept, pictures drawn."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from perf import providers, runs
+from perf.__main__ import main
+from perf.cpu_providers import CPU_PROVIDERS
+from perf.measure import Ceilings
+from perf.plot import draw, pictures
+from perf.providers import OURS, PROVIDERS, Provider, Unavailable, absent, bind_all
+from perf.records import read_csv
+from perf.shapes import Shape, make_inputs
+from tests.oracle import assert_close
+
+SMALL = Shape(1, 2, 1, 64, 16, 16)
+
+
+@pytest.fixture(autouse=True)
+def known_ceilings(monkeypatch, request):
+    """Measuring them takes seconds on a busy machine, which a small budget cannot spare; test_measure.py does it."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(runs, "measure_ceilings", lambda device, dtype: Ceilings(1e10, 1e11))
+
+
+@pytest.mark.parametrize("provider", [PROVIDERS[OURS], CPU_PROVIDERS[OURS]], ids=["operators", "functions"])
+def test_our_calls_are_the_operators(provider):
+    """What is timed is what is meant: the output, or dq, of the same inputs by the public function."""
+    import gdn_ops
+
+    x = make_inputs(SMALL, torch.float32, "cpu")
+    leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.g, x.beta)]
+    o, _ = gdn_ops.chunk_gated_delta_rule(*leaves, scale=x.scale)
+    dq = torch.autograd.grad(o, leaves, x.do)[0]
+    assert_close(providers.first_result(provider.bind(x, "forward")), o.detach(), 1e-6, "forward")
+    assert_close(providers.first_result(provider.bind(x, "forward+backward")), dq, 1e-6, "forward+backward")
+
+
+def test_decode_goes_on_from_the_state():
+    x = make_inputs(Shape(1, 2, 3, 1, 16, 16), torch.float32, "cpu")
+    calls = [PROVIDERS["gdn_ops in place"].bind(x, "decode"), CPU_PROVIDERS["gdn_ops chunk"].bind(x, "decode")]
+    want = providers.first_result(PROVIDERS[OURS].bind(x, "decode"))
+    for call in calls:
+        assert_close(providers.first_result(call), want, 1e-6, "decode")
+
+
+def test_op_on_the_cpu_end_to_end(tmp_path, capsys):
+    main(
+        [
+            "op",
+            "--device",
+            "cpu",
+            "--shape",
+            "1,2,1,64,16,16",
+            "--provider",
+            OURS,
+            "--budget",
+            "3",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    lines = read_csv([tmp_path / "op.csv"])
+    assert [line["direction"] for line in lines] == ["forward", "backward"]
+    for line in lines:
+        times = [float(line[n]) for n in ("least_ms", "p20_ms", "p50_ms", "p80_ms")]
+        assert times == sorted(times) and times[0] > 0 and int(line["samples"]) > 1
+        assert line["provider"] == OURS and line["method"] == "wall clock" and line["dtype"] == "fp32"
+        assert float(line["ratio"]) == pytest.approx(times[2] / float(line["floor_ms"]), rel=1e-3)
+    printed = capsys.readouterr().out
+    assert "1/2 1x64 K=16 V=16" in printed and "2 rows in" in printed
+
+
+def test_absent_library_is_named_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fla", None)  # as if it were not installed
+    who = [PROVIDERS[OURS], PROVIDERS["FLA"]]
+    assert absent(who) == {"FLA": "flash-linear-attention is not installed: pip install flash-linear-attention"}
+    rows = runs.run([(SMALL, "forward")], "fp32", "cpu", who, tmp_path / "x.csv", budget=1.0)
+    assert [row.provider for row in rows] == [OURS]
+    assert "absent: FLA: flash-linear-attention is not installed" in capsys.readouterr().out
+
+
+def test_broken_and_wrong_peers_stay_in_their_rows(tmp_path):
+    def broken(x, direction):
+        raise RuntimeError("refuses this chip\nat length")
+
+    def late(x, direction):
+        return lambda: broken(x, direction)
+
+    def wrong(x, direction):
+        return lambda: 2 * x.v if direction == "forward" else x.q
+
+    def without(x, direction):
+        raise Unavailable("forward only")
+
+    who = [
+        Provider("broken", broken),
+        Provider("late", late),
+        PROVIDERS[OURS],
+        Provider("wrong", wrong),
+        Provider("no", without),
+    ]
+    rows = {r.provider: r for r in runs.run([(SMALL, "backward")], "fp32", "cpu", who, tmp_path / "x.csv", budget=1.0)}
+    assert set(rows) == {"broken", "late", OURS, "wrong"}
+    assert rows["broken"].p50_ms is None and rows["broken"].note == "RuntimeError: refuses this chip"
+    assert rows["late"].p50_ms is None and "refuses this chip" in rows["late"].note
+    assert rows[OURS].p50_ms > 0 and rows[OURS].error is None
+    assert rows["wrong"].error > 0.5
+
+
+def test_spent_budget_names_what_it_left_out(tmp_path, capsys):
+    tasks = [(SMALL, "forward"), (SMALL._replace(T=128), "forward")]
+    rows = runs.run(tasks, "fp32", "cpu", [PROVIDERS[OURS]], tmp_path / "x.csv", budget=0.0)
+    assert rows == []
+    assert "not measured, the budget of 0 s was spent: 1/2 1x128 K=16 V=16 forward" in capsys.readouterr().out
+
+
+def test_a_task_that_fails_does_not_lose_the_next(tmp_path, capsys, monkeypatch):
+    exact = runs.make_inputs
+
+    def too_large(shape, *arguments):
+        if shape.T == 128:
+            raise MemoryError("no room")
+        return exact(shape, *arguments)
+
+    monkeypatch.setattr(runs, "make_inputs", too_large)
+    tasks = [(SMALL._replace(T=128), "forward"), (SMALL, "forward")]
+    rows = runs.run(tasks, "fp32", "cpu", [PROVIDERS[OURS]], tmp_path / "x.csv", budget=1.0)
+    assert [row.shape for row in rows] == [SMALL] and rows[0].p50_ms > 0
+    assert "not measured: 1/2 1x128 K=16 V=16 forward: MemoryError: no room" in capsys.readouterr().out
+
+
+def test_distinct_keeps_the_shortest_of_what_compiles_alike():
+    long, short, odd, one = (SMALL._replace(T=T) for T in (8192, 1024, 1000, 1))
+    tasks = [(long, "forward"), (short, "forward"), (odd, "forward"), (one, "decode"), (long, "backward")]
+    assert runs.distinct(tasks) == [(short, "forward"), (odd, "forward"), (one, "decode"), (long, "backward")]
+    assert runs.parse_task("1,2,1,64,16,16:forward+backward") == (SMALL, "forward+backward")
+
+
+def test_warm_up_starts_with_ours_and_shares_a_peers_autotuning():
+    long, short = SMALL._replace(T=8192), SMALL._replace(T=1024)
+    jobs = runs.warm_up_jobs([(long, "forward"), (short, "forward")], [PROVIDERS[OURS], PROVIDERS["FLA"]])
+    words = [(job[1].split(",")[3], job[3], job[5:]) for job in jobs]
+    assert words[0] == ("1024", "0,1", [OURS]) and words[-1] == ("8192", "0,1", [OURS])
+    assert words[1:-1] == [("1024", f"{i},{runs.PARTS}", ["FLA"]) for i in range(runs.PARTS)]
+
+
+def test_shared_autotuning_covers_every_configuration(monkeypatch):
+    triton = pytest.importorskip("triton")
+
+    def kernel(x, N, BLOCK: triton.language.constexpr):
+        pass
+
+    seen = []
+    for i in range(3):
+        configs = [triton.Config({"BLOCK": 2**n}) for n in range(5)]
+        tuned = triton.heuristics({"N": lambda a: 1})(triton.autotune(configs, ["N"])(triton.jit(kernel)))
+        module = ModuleType("fla.ops.invented")
+        module.kernel, module.again, module.torch = tuned, tuned, torch
+        monkeypatch.setitem(sys.modules, "fla.ops.invented", module)
+        providers.share_autotuning(0, 1)
+        assert len(tuned.fn.configs) == 5
+        providers.share_autotuning(i, 3)
+        seen.append([config.kwargs["BLOCK"] for config in tuned.fn.configs])
+        assert not tuned.fn.cache_results
+    assert seen == [[1, 8], [2, 16], [4]]
+
+
+def test_bind_all_leaves_out_what_a_provider_has_not():
+    x = make_inputs(SMALL, torch.float32, "cpu")
+    candidates, failed = bind_all([PROVIDERS[OURS], PROVIDERS["gdn_ops in place"]], [x, x], "forward")
+    assert [(c.provider, len(c.calls)) for c in candidates] == [(OURS, 2)] and failed == []
+
+
+def test_pictures_come_from_the_csv_alone(tmp_path):
+    csv = tmp_path / "x.csv"
+    other = Provider("other", PROVIDERS[OURS].bind)
+    tasks = [(SMALL, "forward"), (SMALL._replace(T=128), "forward"), (SMALL, "backward")]
+    rows = runs.run(tasks, "fp32", "cpu", [PROVIDERS[OURS], other], csv, budget=1.5)
+    forward, backward = pictures([csv])
+    assert (forward.direction, backward.direction) == ("forward", "backward")
+    assert list(forward.bars) == [SMALL, SMALL._replace(T=128)] and forward.providers == [OURS, "other"]
+    assert forward.bars[SMALL]["other"].p50 == next(r.p50_ms for r in rows if r.provider == "other")
+    pytest.importorskip("matplotlib")
+    paths = draw([csv], tmp_path / "plots")
+    assert [path.name for path in paths] == [forward.name, backward.name]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_plot_says_what_is_wrong(tmp_path, capsys, monkeypatch):
+    bad = tmp_path / "bad.csv"
+    bad.write_text("direction,H\nforward,1\n")
+    for argument, message in ((bad, "got none named HV"), (tmp_path / "none.csv", "No such file")):
+        with pytest.raises(SystemExit):
+            main(["plot", str(argument), "--out", str(tmp_path)])
+        assert message in capsys.readouterr().err
+    csv = tmp_path / "x.csv"
+    runs.run([(SMALL, "forward")], "fp32", "cpu", [PROVIDERS[OURS]], csv, budget=0.5)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'gdn-ops\[train\]'"):
+        draw([csv], tmp_path)
+
+
+def test_bad_arguments(capsys):
+    for arguments, message in (
+        (["op", "--device", "cpu"], "expected at least one of them, got neither"),
+        (["op", "--shape", "2,3,1,64,8,8"], "expected HV divisible by H"),
+        (["op", "--suite", "sideways"], "invalid choice"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            main(["gpu"])
+        assert "expected a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_graph_replay_on_cuda(tmp_path):
+    """Forward, backward and decode are captured, over inputs that rotate, and the picture of it is drawn."""
+    small = Shape(2, 4, 1, 256, 64, 64)
+    tasks = [(small, "forward"), (small, "backward"), (small._replace(T=1), "decode")]
+    rows = runs.run(tasks, "bf16", "cuda", [PROVIDERS[OURS]], tmp_path / "x.csv", budget=12.0, warm=False)
+    assert [row.method for row in rows] == ["cuda graph"] * 3, [row.note for row in rows]
+    assert all(row.note == "" and 0 < row.p50_ms < 5 for row in rows)
+    assert rows[1].peak_mib > 0
