@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -82,9 +83,9 @@ def test_summary_compares_within_and_beyond_the_run():
 
 
 def test_committed_results_have_todays_columns_and_no_paths():
-    paths = sorted((ROOT / "perf" / "results").glob("*.csv"))
-    assert [path for path in paths if path.name == "cpu.csv"]
-    for path in paths:
+    paths = [ROOT / "perf" / "results" / f"{name}.csv" for name in ("cpu", "gpu", "op")]
+    assert paths[0].exists()
+    for path in filter(Path.exists, paths):
         with path.open(newline="") as file:
             columns, *lines = csv.reader(file)
         assert columns == [f.name for f in (*dataclasses.fields(Row), *dataclasses.fields(Environment))], path
