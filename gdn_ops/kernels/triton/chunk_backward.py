@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_forward import (
     AHEAD_OF_TIME,
     ahead_of_time_inputs,
@@ -524,16 +525,22 @@ def scan_both_ways(
 
 
 def value_gradient_configuration(x: Tensor, V: int) -> dict[str, int]:
-    """Narrow tiles by four warps: two blocks a multiprocessor (215 registers, bf16, sm_90)."""
-    warps = 4 if x.element_size() == 2 else 8
-    return {"BV": max(16, min(32, triton.next_power_of_2(V))), "num_warps": warps, "num_stages": 2}
+    """Measured on an H100 (16/32 heads, 8192 tokens, bf16): the whole backward takes 1.41 ms with 32 columns, 1.33 ms
+    with 64; three stages or eight warps gain less."""
+    widest, warps = (64, 4) if x.element_size() == 2 and chip_of(x).shared_memory > 98304 else (32, 8)
+    return {"BV": max(16, min(widest, triton.next_power_of_2(V))), "num_warps": warps, "num_stages": 2}
 
 
 def key_gradient_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
-    """Three accumulators ``[C, BK]``: 64 columns leave registers for two blocks a multiprocessor. Products of fp32
-    operands keep them in registers besides: 32 columns by eight warps spill .5 KB a thread, 64 by four 31 KB."""
-    widest, warps = (64, 4) if x.element_size() == 2 else (32, 8)
-    BK, BV = max(16, min(widest, triton.next_power_of_2(K))), max(16, min(32, triton.next_power_of_2(V)))
+    """Three accumulators ``[C, BK]``: 64 columns leave registers for two blocks a multiprocessor.
+
+    Measured on an H100 (16/32 heads, 8192 tokens, bf16), by BK, BV, warps: .434 ms with 64, 64, 4; .489 with 64, 32,
+    4; .569 with 128, 32, 8; .753 with 64, 32, 8. Products of fp32 operands keep them in registers besides: 32 columns
+    by eight warps spill .5 KB a thread, 64 by four 31 KB.
+    """
+    small = chip_of(x).shared_memory <= 98304
+    BK, BV, warps = (64, 32 if small else 64, 4) if x.element_size() == 2 else (32, 32, 8)
+    BK, BV = (max(16, min(widest, triton.next_power_of_2(width))) for widest, width in ((BK, K), (BV, V)))
     return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 2}
 
 

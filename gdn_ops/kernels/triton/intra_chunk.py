@@ -332,7 +332,9 @@ class IntraChunk(NamedTuple):
 def precision_of(x: Tensor) -> str:
     """How fp32 operands are multiplied: exactly for fp32 inputs, three TF32 products for the inverse of others.
 
-    Exact products of wide keys need 180 KiB of shared memory; chips with less multiply fp32 inputs by TF32 too.
+    Exact products of wide keys need 180 KiB of shared memory; chips with less multiply fp32 inputs by TF32 too. On
+    Hopper they may not: ``wup_kernel`` with 64 rows of fp32 by three TF32 products reads out of bounds there (Triton
+    3.6, K = V = 128), though the values at K = V = 64 were good to 4e-7.
     """
     chip = chip_of(x)
     exact = x.dtype == torch.float32 and chip.shared_memory >= 200_000
