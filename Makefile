@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup
-# One CPU build of torch is enough here; a plain `torch` would pull gigabytes of CUDA libraries.
+# The versions of constraints.txt. Where pip's index has CPU builds of torch (PIP_INDEX_URL), they are enough here.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: setup test lint format demo clean

@@ -85,7 +85,8 @@ def chunk_gated_delta_rule(
 
     Args:
         q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]`` with ``HV % H == 0``; one dtype (fp32, bf16, fp16, fp64).
-        g: log decay ``[B, T, HV]``, at most 0, any float dtype; ``None`` means 0 (DeltaNet's rule).
+        g: log decay ``[B, T, HV]``, at most 0, any float dtype; -inf forgets all before it; ``None`` means 0
+            (DeltaNet's rule).
         beta: writing strength ``[B, T, HV]``.
         scale: factor on q, default ``K ** -0.5``.
         initial_state: ``[N, HV, K, V]`` (``[N, HV, V, K]`` with ``state_v_first``), default zeros.

@@ -35,6 +35,7 @@ def save(model: HybridLM, folder: str | os.PathLike) -> None:
             temporary = folder / f".{name}.{os.getpid()}.tmp"
             written.append((temporary, folder / name))
             write(temporary)
+            temporary.chmod(0o644)  # safetensors leaves 0600, which whoever serves the model could not read
         for temporary, path in written:
             os.replace(temporary, path)
     finally:

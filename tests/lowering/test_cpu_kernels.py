@@ -95,9 +95,10 @@ def test_gates_of_another_dtype_than_the_inputs(shims):
     assert_close(o, expected(inputs)["o"], 1e-5, "o")
 
 
-def test_strong_gates_and_repeated_keys(shims):
+@pytest.mark.parametrize("gate", [-1e4, float("-inf")])
+def test_strong_gates_and_repeated_keys(shims, gate):
     inputs = make_inputs(1, 130, 1, 2, 32, 32)
-    inputs["g"][:, ::7] = -1e4
+    inputs["g"][:, ::7] = gate
     ref = expected(inputs)
     o, final_state = rule(shims, "chunk_gated_delta_rule", inputs)
     assert_close(o, ref["o"], 1e-5, "o")

@@ -39,6 +39,8 @@ CHUNK = 64
 # thread: a state is read and written once a chunk and should stay in the second-level cache meanwhile.
 SEGMENT = 2**18
 STATES = 2**17
+# A log decay below this is an exact zero in fp64 too; -inf itself would leave differences that are not numbers.
+WEAKEST = -1.0e5
 
 
 class _Segment(NamedTuple):
@@ -155,7 +157,8 @@ def _intra_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale
     kq = torch.empty(span.n, B, H, 2 * C, K, dtype=dtype, device=q.device)
     kq[..., :C, :], kq[..., C:, :] = _chunks_of(k, span), _chunks_of(q, span)
     beta = _by_group(beta[..., None], span, H).to(dtype, memory_format=torch.contiguous_format)
-    c = _by_group(g[..., None], span, H).to(torch.float64, memory_format=torch.contiguous_format).cumsum(-2)
+    c = _by_group(g[..., None], span, H).to(torch.float64, memory_format=torch.contiguous_format)
+    c = c.clamp(min=WEAKEST).cumsum(-2)
     end = c[..., -1:, :]
     D = (c - c.mT).tril_().to(dtype).exp_()
     pairs = _matrices(kq)
