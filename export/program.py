@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.utils import _pytree as pytree
 
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 70
@@ -172,11 +174,27 @@ def _input_names(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[
 
 
 def export_plan(item: Plan) -> ExportedProgram:
-    """Traces one plan."""
+    """Traces one plan.
+
+    The tracer asks of a size whether it is 1, and then refuses a program whose packed sequences (one less than their
+    bounds) may be one. Where that is why it refuses, it is made to leave the question open; not always, because that
+    costs it what it knows of other sizes.
+    """
     with inference(item.module):
-        return torch.export.export(
-            item.module, item.args, item.kwargs, dynamic_shapes=item.dynamic_shapes, strict=False
-        )
+        try:
+            return _trace(item)
+        except UserError as error:
+            if error.error_type != UserErrorType.CONSTRAINT_VIOLATION:
+                raise
+            try:
+                with symbolic_shapes_config.patch(backed_size_oblivious=True):
+                    return _trace(item)
+            except Exception:
+                raise error from None
+
+
+def _trace(item: Plan) -> ExportedProgram:
+    return torch.export.export(item.module, item.args, item.kwargs, dynamic_shapes=item.dynamic_shapes, strict=False)
 
 
 def export_program(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import shutil
 import sys
 import time
 import warnings
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gdn_ops.cli import generate_onnx
 from gdn_ops.cli.errors import Failure, UserError, at_the_door, need
 
 if TYPE_CHECKING:
@@ -21,11 +23,20 @@ if TYPE_CHECKING:
 
     from gdn_ops.cli.measure import Row
 
+PROGRAM = "generate.py"
+
 
 class Target(str, enum.Enum):
     """What an export becomes; each has its entry in TARGETS."""
 
     aoti = "aoti"
+    onnx27 = "onnx27"
+    ort = "ort"
+    portable = "portable"
+
+    @property
+    def onnx(self) -> bool:
+        return self is not Target.aoti
 
 
 class Dtype(str, enum.Enum):
@@ -54,7 +65,12 @@ def command(
     from gdn_ops.cli.device import pick
     from gdn_ops.cli.folders import replacing, write_file
 
-    chosen = pick(device)
+    if target.onnx and device not in ("auto", "cpu"):
+        raise UserError(
+            f"--device: expected auto or cpu with --target {target.value} (the file is checked and measured by ONNX "
+            f"Runtime on the CPU; it may run elsewhere), got {device!r}"
+        )
+    chosen = pick("cpu" if target.onnx else device)
     if loading.is_export(directory):
         raise UserError(f"DIR: expected a trained model's folder, got the export {directory}")
     if not directory.is_dir():
@@ -78,38 +94,80 @@ def command(
 def _aoti(model: nn.Module, out: Path) -> Callable[[Path], list[Row]]:
     """Writes the packages; gives the function that measures them beside eager."""
     need("setuptools", "gdn export --target aoti", "export")  # torch's list of C++ include folders comes with it
-    from gdn_ops.cli import measure
-    from gdn_ops.export import ParityError, export_aoti, load_package
+    from gdn_ops.export import export_aoti, load_package
 
     try:
-        with at_the_door(), warnings.catch_warnings():
+        with _checked(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own serialisation
             result = export_aoti(model, out)
-    except ParityError as error:
-        raise Failure(f"the artifact does not give eager's numbers; nothing was written: {error}") from error
     except RuntimeError as error:
         if "needs a C++ compiler" not in str(error):
             raise
         raise UserError(str(error)) from error
-
-    def finish(directory: Path) -> list[Row]:
-        package = load_package(out)
-        speeds = measure.speeds({"eager": model, "aoti": package}, package.device, model.config.vocab_size)
-        parities = measure.parities(result.parity["cases"])
-        weights = directory / "model.safetensors"
-        rows = [
-            measure.Row("eager", name, weights.name, weights.stat().st_size, None, speeds["eager"][name])
-            for name in result.files
-        ]
-        return rows + [
-            measure.Row("aoti", name, path.name, path.stat().st_size, parities[name], speeds["aoti"][name])
-            for name, path in result.files.items()
-        ]
-
-    return finish
+    files = {name: (path.name, path.stat().st_size) for name, path in result.files.items()}
+    return lambda directory: _rows(model, directory, "aoti", load_package(out), files, result.parity)
 
 
-TARGETS: dict[Target, Callable[[Any, Path], Callable[[Path], list]]] = {Target.aoti: _aoti}
+def _onnx(target: str) -> Callable[[nn.Module, Path], Callable[[Path], list[Row]]]:
+    """The same for an ONNX file, with the program beside it that generates from it alone."""
+
+    def write(model: nn.Module, out: Path) -> Callable[[Path], list[Row]]:
+        for library in ("onnx", "onnxscript", "onnxruntime"):
+            need(library, f"gdn export --target {target}", "onnx")
+        import torch
+
+        from gdn_ops.cli.measure import OnnxRunner
+        from gdn_ops.export import export_onnx
+
+        with _checked():
+            result = export_onnx(model, out, target=target)
+        shutil.copyfile(generate_onnx.__file__, out / PROGRAM)
+        size = sum(path.stat().st_size for path in out.iterdir() if path.name.startswith(generate_onnx.MODEL))
+        files = {name: (generate_onnx.MODEL, size) for name in ("prefill", "step")}
+        threads = torch.get_num_threads()
+
+        def finish(directory: Path) -> list[Row]:
+            runner = OnnxRunner(generate_onnx.Model(out / generate_onnx.MODEL, threads))
+            return _rows(model, directory, target, runner, files, result.report)
+
+        return finish
+
+    return write
+
+
+@contextlib.contextmanager
+def _checked() -> Iterator[None]:
+    """Inside it, what an exporter refuses is the user's to mend, and an artifact with other numbers is a failure."""
+    from gdn_ops.export import ParityError
+
+    try:
+        with at_the_door():
+            yield
+    except ParityError as error:
+        raise Failure(f"the artifact does not give eager's numbers; nothing was written: {error}") from error
+
+
+def _rows(
+    model: nn.Module, directory: Path, target: str, runner: Any, files: dict[str, tuple[str, int]], parity: dict
+) -> list[Row]:
+    """What was measured of each program, eager's first; ``files`` has a program's file and its size."""
+    from gdn_ops.cli import measure
+
+    device = next(model.parameters()).device
+    speeds = measure.speeds({"eager": model, target: runner}, device, model.config.vocab_size)
+    parities, weights = measure.parities(parity["cases"]), directory / "model.safetensors"
+    rows = [
+        measure.Row("eager", name, weights.name, weights.stat().st_size, None, speeds["eager"][name]) for name in files
+    ]
+    return rows + [
+        measure.Row(target, name, file, size, parities[name], speeds[target][name])
+        for name, (file, size) in files.items()
+    ]
+
+
+TARGETS: dict[Target, Callable[[Any, Path], Callable[[Path], list]]] = {
+    target: _onnx(target.value) if target.onnx else _aoti for target in Target
+}
 
 
 def _check_destination(out: Path) -> None:

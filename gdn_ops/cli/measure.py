@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from gdn_ops.cli import generate_onnx
 from gdn_ops.cli.loading import Runner
 
 LENGTH, STEPS, ROUNDS, SECONDS = 512, 32, 5, 20.0
@@ -28,6 +30,24 @@ class Row(NamedTuple):
     size: int
     parity: float | None
     speed: float
+
+
+class OnnxRunner:
+    """An exported ONNX file that answers the calls of :class:`gdn_ops.cli.loading.Runner`, on the CPU."""
+
+    def __init__(self, model: generate_onnx.Model) -> None:
+        self.model = model
+
+    def init_state(self, batch: int) -> Any:
+        return self.model.init_state(batch)
+
+    def prefill(self, input_ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        logits, state = self.model.run(input_ids.numpy(), state)
+        return torch.from_numpy(generate_onnx.array(logits)), state
+
+    def step(self, input_ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+        logits, state = self.prefill(input_ids[:, None], state)
+        return logits[:, -1], state
 
 
 @torch.no_grad()

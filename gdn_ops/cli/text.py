@@ -10,7 +10,6 @@ if there is one: byte 0 for bytes, which no text contains.
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from gdn_ops.cli.errors import UserError, at_the_door, need
 from gdn_ops.cli.folders import write_file
+from gdn_ops.cli.generate_onnx import bytes_decoder, tokenizer_decoder
 
 FILE, FORMAT, VERSION, TOKENIZER = "text.json", "gdn_ops.text", 1, "tokenizer.json"
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
@@ -33,14 +33,7 @@ class Bytes:
 
     def decoder(self) -> Callable[..., str]:
         """``push(token) -> text``, which holds back an incomplete character; ``push()`` gives what is left."""
-        pending = codecs.getincrementaldecoder("utf-8")("replace")
-
-        def push(token: int | None = None) -> str:
-            if token is None:
-                return pending.decode(b"", final=True)
-            return pending.decode(bytes([token]) if token < 256 else b"\xff")
-
-        return push
+        return bytes_decoder()
 
     def save(self, folder: Path) -> None:
         _describe(folder, "bytes", self)
@@ -67,23 +60,7 @@ class TokenizerFile:
 
     def decoder(self) -> Callable[..., str]:
         """As :meth:`Bytes.decoder`. A token's text may depend on those before it, so a short run of them is decoded."""
-        run: list[int] = []
-        shown = 0
-
-        def push(token: int | None = None) -> str:
-            nonlocal run, shown
-            if token is not None:
-                run.append(token)
-            text = self.tokenizer.decode(run, skip_special_tokens=True)
-            if token is not None and text.endswith("\N{REPLACEMENT CHARACTER}") and len(run) < 64:
-                return ""  # a character may take several tokens; 64 of them are no character
-            fresh, shown = text[shown:], len(text)
-            if len(run) > 32:
-                run = run[-4:]
-                shown = len(self.tokenizer.decode(run, skip_special_tokens=True))
-            return fresh
-
-        return push
+        return tokenizer_decoder(self.tokenizer)
 
     def save(self, folder: Path) -> None:
         write_file(folder / TOKENIZER, self.content)

@@ -527,7 +527,7 @@ def scan_both_ways(
 def value_gradient_configuration(x: Tensor, V: int) -> dict[str, int]:
     """Measured on an H100 (16/32 heads, 8192 tokens, bf16): the whole backward takes 1.41 ms with 32 columns, 1.33 ms
     with 64; three stages or eight warps gain less."""
-    widest, warps = (64, 4) if x.element_size() == 2 and chip_of(x).shared_memory > 98304 else (32, 8)
+    widest, warps = (64 if chip_of(x).shared_memory > 200_000 else 32, 4) if x.element_size() == 2 else (32, 8)
     return {"BV": max(16, min(widest, triton.next_power_of_2(V))), "num_warps": warps, "num_stages": 2}
 
 
@@ -536,10 +536,11 @@ def key_gradient_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
 
     Measured on an H100 (16/32 heads, 8192 tokens, bf16), by BK, BV, warps: .434 ms with 64, 64, 4; .489 with 64, 32,
     4; .569 with 128, 32, 8; .753 with 64, 32, 8. Products of fp32 operands keep them in registers besides: 32 columns
-    by eight warps spill .5 KB a thread, 64 by four 31 KB.
+    by eight warps spill .5 KB a thread, 64 by four 31 KB; and where there is no warpgroup product (sm_80), 64 columns
+    of values spill 21 KB.
     """
-    small = chip_of(x).shared_memory <= 98304
-    BK, BV, warps = (64, 32 if small else 64, 4) if x.element_size() == 2 else (32, 32, 8)
+    wide = 64 if chip_of(x).shared_memory > 200_000 else 32
+    BK, BV, warps = (64, wide, 4) if x.element_size() == 2 else (32, 32, 8)
     BK, BV = (max(16, min(widest, triton.next_power_of_2(width))) for widest, width in ((BK, K), (BV, V)))
     return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 2}
 
