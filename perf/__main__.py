@@ -1,4 +1,4 @@
-"""``python -m perf op | gpu | cpu | plot``; see the package's docstring. Needs nothing beyond torch and gdn_ops."""
+"""``python -m perf op | gpu | cpu | tune | plot``; see the package's docstring. Needs torch and gdn_ops alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from perf import runs
+from perf import tune as tuning
 from perf.cpu_providers import CPU_PROVIDERS
 from perf.providers import PROVIDERS
 from perf.records import ROOT
@@ -72,6 +73,14 @@ def warm(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     runs.compile_once([runs.parse_task(text) for text in a.task], a.dtype, _chosen(a.provider, PROVIDERS), (i, n))
 
 
+def tune(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    _need_cuda(parser, "cuda")
+    if a.check:
+        tuning.run_check(a)
+    else:
+        tuning.tune(a.kernel, a.shape, a.direction, a.dtype, _csv(a.out, "tune.csv"), a.budget)
+
+
 def plot(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     from perf.plot import draw
 
@@ -119,6 +128,15 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     sub.add_argument("--provider", action="append", choices=list(PROVIDERS))
     sub.add_argument("--part", default="0,1", metavar="I,N", help="every N-th configuration of a peer's autotuner")
+
+    sub = command(tune, "Tries other tiles, warps and stages of one kernel.")
+    sub.add_argument("--kernel", required=True, choices=list(tuning.KERNELS))
+    sub.add_argument("--shape", type=_shape, default=tuning.SHAPE, metavar="H,HV,N,T,K,V")
+    sub.add_argument("--direction", choices=("forward", "backward"), help="default: the one that shows the kernel")
+    sub.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    sub.add_argument("--budget", type=float, default=120.0, metavar="SECONDS", help="wall time (%(default)s)")
+    sub.add_argument("--out", type=Path, help="directory or .csv file (default perf/results)")
+    sub.add_argument("--check", metavar="SETTINGS", help="only check one setting (started by the command itself)")
 
     sub = command(plot, "Draws PNG files from CSV files.")
     sub.add_argument("csv", type=Path, nargs="+")
