@@ -297,7 +297,7 @@ void chunk(const GatedDeltaRule& op, const Task& task, int64_t t, int64_t n, con
     load(op.g, at(op.g, task, t + i, task.head), 1, 1, &g);
     load(op.beta, at(op.beta, task, t + i, task.head), 1, 1, beta + i);
     // Below this a gate is an exact zero in fp64 too; -inf itself would leave differences that are not numbers.
-    c[i] = sum += g < -1e5 ? -1e5 : g;
+    c[i] = sum += g < -1000 ? -1000 : g;
   }
   for (int64_t d = 0; d < K; d++) {
     for (int64_t i = 0; i < n; i++) w.kT[d * ldc + i] = w.k[i * ldk + d];

@@ -39,8 +39,9 @@ CHUNK = 64
 # thread: a state is read and written once a chunk and should stay in the second-level cache meanwhile.
 SEGMENT = 2**18
 STATES = 2**17
-# A log decay below this is an exact zero in fp64 too; -inf itself would leave differences that are not numbers.
-WEAKEST = -1.0e5
+# A log decay below this is an exact zero in fp64 too; -inf would leave differences that are not numbers, and a larger
+# one would cost the sums after it digits.
+WEAKEST = -1000.0
 
 
 class _Segment(NamedTuple):
@@ -335,12 +336,14 @@ def _segment_gradients(kept: _Kept, v: Tensor, do: Tensor, dS: Tensor, scale: fl
     dA_kk = dA.neg_() * x.kk
     missing = torch.addcmul(v, _across(read[..., :C, :, :]), x.from_start, value=-1)
     dbeta = _row_dot(X, missing) + dA_kk.sum(-1, keepdim=True)
-    dlog_D = dA_kk.mul_(x.beta).addcmul_(dP, x.P)
+    # No gate stands between a token and itself, and none before a token in its way to the end: left out, not added and
+    # taken away again, so that strong gates, beside which nothing else is left, get gradients of full accuracy.
+    dlog_D = dA_kk.mul_(x.beta).addcmul_(dP, x.P).tril_(-1)
     dlog_start = _row_dot(left, read)
-    dc = dlog_D.sum(-1, keepdim=True) - dlog_D.sum(-2).unsqueeze(-1) - dlog_end
+    dc = dlog_D.sum(-1, keepdim=True) - dlog_D.sum(-2).unsqueeze(-1)
     dc += _across(dlog_start[..., :C, :, :] + dlog_start[..., C:, :, :])
-    dc[..., -1:, :] += dlog_end.sum(-2, keepdim=True) + dlog_whole * x.whole
-    dg = dc.flip(-2).cumsum(-2).flip(-2)
+    dg = dc.flip(-2).cumsum(-2).flip(-2) + dlog_whole * x.whole
+    dg[..., 1:, :] += dlog_end.cumsum(-2)[..., :-1, :]
     # The gradient of [K K^T; Q K^T], as one matrix that meets [K; Q].
     dpairs = torch.zeros(n, x.kq.shape[1], 2 * C, 2 * C, dtype=dS.dtype, device=dS.device)
     dkk = dA.mul_(x.D).mul_(x.beta).sum(3).tril_(-1).flatten(1, 2)

@@ -34,7 +34,7 @@ from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of
 from gdn_ops.kernels.triton.launch import launch
 
 # Below this a gate is an exact zero in fp64 too; clamping keeps -inf and 1e30 out of the sums.
-_WEAKEST = tl.constexpr(-1.0e5)
+_WEAKEST = tl.constexpr(-1000.0)
 
 
 @triton.jit
