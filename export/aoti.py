@@ -19,14 +19,13 @@ contiguous. :func:`load_package` does the same with checks.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from gdn_ops.export import manifest as manifests
 from gdn_ops.export import parity
+from gdn_ops.export.destination import check_destination, replacing
 from gdn_ops.export.program import Plan, device_of, export_plan, inference, is_language_model, plan
 from gdn_ops.lowering.inductor import packaging, unsupported_operators
 from torch import nn
@@ -63,21 +62,14 @@ def export_aoti(
         ['prefill', 'step']
     """
     out_dir = Path(out_dir).absolute()
-    _check_destination(out_dir)
+    check_destination(out_dir)
     plans = plan(model, example_inputs, dynamic_shapes)
     inputs = [(item.args, item.kwargs) for item in plans.values()]
     device, dtype = device_of(model, inputs), parity.working_dtype(model, inputs)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"model: expected it on cpu or cuda, got {device.type}")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
+    with replacing(out_dir) as work:
         manifest, report = _write(model, plans, device, dtype, work)
-        work.chmod(0o755)
-        _replace(work, out_dir)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     files = {name: out_dir / entry["file"] for name, entry in manifest["programs"].items()}
     return ExportResult(out_dir, files, manifest, report)
 
@@ -120,34 +112,3 @@ def _refuse_unsupported(
     if reasons:
         listed = "; ".join(f"{operator}: {reason}" for operator, reason in reasons.items())
         raise ValueError(f"model: program {name!r} cannot go into a package for {device.type}: {listed}")
-
-
-def _check_destination(out_dir: Path) -> None:
-    if out_dir.is_dir():
-        if not any(out_dir.iterdir()):
-            return
-        try:
-            found = json.loads((out_dir / "manifest.json").read_text()).get("format")
-        except (OSError, ValueError, AttributeError):
-            found = None
-        if found != manifests.FORMAT:
-            raise ValueError(
-                f"out_dir: expected a new or empty folder or a previous export, got {out_dir} with other files"
-            )
-    elif out_dir.exists():
-        raise ValueError(f"out_dir: expected a folder, got the file {out_dir}")
-
-
-def _replace(work: Path, out_dir: Path) -> None:
-    if not out_dir.exists():
-        work.rename(out_dir)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.old.", dir=out_dir.parent))
-    out_dir.rename(old / "export")
-    try:
-        work.rename(out_dir)
-    except BaseException:
-        (old / "export").rename(out_dir)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

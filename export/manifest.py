@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 import gdn_ops
 
-FORMAT, FORMAT_VERSION = "gdn_ops.aoti", 1
+FORMAT, ONNX_FORMAT, FORMAT_VERSION = "gdn_ops.aoti", "gdn_ops.onnx", 1
+FORMATS = (FORMAT, ONNX_FORMAT)
 
 
 def operators(program: ExportedProgram) -> list[str]:
@@ -131,9 +132,15 @@ def _initial_state(model: torch.nn.Module) -> dict[str, float]:
 
 
 def describe(
-    model: torch.nn.Module, device: torch.device, dtype: torch.dtype, programs: dict[str, Any]
+    model: torch.nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    programs: dict[str, Any],
+    target: str = "aoti",
+    **versions: str,
 ) -> dict[str, Any]:
-    """The manifest; ``programs`` are entries of :func:`describe_program` with ``file``, ``size`` and ``sha256``."""
+    """The manifest; ``programs`` are entries of :func:`describe_program` with ``file``, ``size`` and ``sha256``.
+    ``versions`` are those of further packages that the export was made with."""
     machine: dict[str, Any] = {"architecture": platform.machine()}
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -142,15 +149,15 @@ def describe(
         machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     language_model = is_language_model(model)
     return {
-        "format": FORMAT,
+        "format": FORMAT if target == "aoti" else ONNX_FORMAT,
         "format_version": FORMAT_VERSION,
-        "target": "aoti",
+        "target": target,
         "model": type(model).__name__,
         "config": model.config.to_dict() if language_model else None,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "machine": machine,
-        "versions": {"gdn_ops": gdn_ops.__version__, "torch": torch.__version__},
+        "versions": {"gdn_ops": gdn_ops.__version__, "torch": torch.__version__, **versions},
         "layout": "contiguous",
         "initial_state": _initial_state(model) if language_model else {},
         "programs": programs,

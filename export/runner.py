@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gdn_ops.export.manifest import FORMAT, FORMAT_VERSION, sha256
+from gdn_ops.export.manifest import FORMAT, FORMAT_VERSION, FORMATS, sha256
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -23,9 +23,9 @@ def read_manifest(out_dir: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"out_dir: expected JSON in {path}, got {error}") from error
     version = manifest.get("format_version")
-    if manifest.get("format") != FORMAT or version != FORMAT_VERSION:
-        got = f"{manifest.get('format')} {version}"
-        raise ValueError(f"out_dir: expected format {FORMAT} {FORMAT_VERSION} in {path}, got {got}")
+    if manifest.get("format") not in FORMATS or version != FORMAT_VERSION:
+        got, expected = f"{manifest.get('format')} {version}", f"{' or '.join(FORMATS)} {FORMAT_VERSION}"
+        raise ValueError(f"out_dir: expected format {expected} in {path}, got {got}")
     return manifest
 
 
@@ -35,7 +35,7 @@ def verify(out_dir: str | Path) -> dict[str, Any]:
     Raises ValueError naming the file that is missing or differs.
     """
     manifest = read_manifest(out_dir)
-    for entry in manifest["programs"].values():
+    for entry in (x for program in manifest["programs"].values() for x in (program, *program.get("data", ()))):
         path = Path(out_dir) / entry["file"]
         if not path.is_file():
             raise ValueError(f"out_dir: expected the file {entry['file']}, got none in {out_dir}")
@@ -52,6 +52,8 @@ class Package:
 
     def __init__(self, out_dir: str | Path) -> None:
         self.manifest = verify(out_dir)
+        if self.manifest["format"] != FORMAT:
+            raise ValueError(f"out_dir: expected format {FORMAT} in {out_dir}, got {self.manifest['format']}")
         self.device = torch.device(self.manifest["device"])
         self.programs: dict[str, Callable] = {}
         for name, entry in self.manifest["programs"].items():

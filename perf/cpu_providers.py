@@ -2,13 +2,14 @@
 
 ONNX models of one node are built here. ``com.microsoft::LinearAttention`` is a fused kernel and takes grouped value
 heads; ``ai.onnx::LinearAttention`` (opset 27) is a function that the runtime expands, and takes as many key heads as
-value heads, so it gets q and k repeated beforehand, which is not timed.
+value heads, so it gets q and k repeated beforehand, which is not timed. ``gdn_ops portable ONNX`` is the local function
+that ``gdn export --target portable`` writes, run by the same runtime.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,6 +17,8 @@ import gdn_ops
 from perf.clocks import Call
 from perf.providers import OURS, Provider, Unavailable, by_autograd, no_grad
 from perf.shapes import Inputs
+
+PORTABLE = "gdn_ops portable ONNX"
 
 
 def _functions(chunk: Callable, recurrent: Callable, x: Inputs, direction: str) -> Call:
@@ -49,7 +52,7 @@ def _transformers(x: Inputs, direction: str) -> Call:
 
 def one_node_model(x: Inputs, domain: str) -> bytes:
     """``LinearAttention`` of ``domain`` (``"com.microsoft"`` or ``""``, opset 27) at exactly the shapes of ``x``."""
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     B, T, H, K = x.q.shape
     HV, V = x.v.shape[2:]
@@ -62,41 +65,72 @@ def one_node_model(x: Inputs, domain: str) -> bytes:
         "LinearAttention", list(inputs), list(outputs), domain=domain,
         q_num_heads=H, kv_num_heads=HV, update_rule="gated_delta", scale=x.scale,
     )  # fmt: skip
+    return _model(node, inputs, outputs, {"": 20, domain: 1} if domain else {"": 27})
 
-    def described(values: dict[str, list[int]]) -> list:
+
+def portable_model(x: Inputs) -> bytes:
+    """``gdn_ops::GatedDeltaRule`` as a local function, for any batch and length, as an exported model has it."""
+    from gdn_ops.lowering.onnx.function import DOMAIN, OPSET
+    from gdn_ops.lowering.onnx.rule import rule
+    from onnx import helper
+
+    (H, K), (HV, V) = x.q.shape[2:], x.v.shape[2:]
+    rows, state = ["B", "T"], ["B", HV, K, V]
+    inputs = {"q": [*rows, H, K], "k": [*rows, H, K], "v": [*rows, HV, V], "g": [*rows, HV], "beta": [*rows, HV]}
+    inputs |= {"initial_state": state}
+    outputs = {"o": [*rows, HV, V], "final_state": state}
+    node = helper.make_node("GatedDeltaRule", list(inputs), list(outputs), domain=DOMAIN, scale=x.scale)
+    return _model(node, inputs, outputs, {"": OPSET, DOMAIN: 1}, [rule()])
+
+
+def _model(node, inputs: dict, outputs: dict, opsets: dict[str, int], functions: Sequence = ()) -> bytes:
+    from onnx import TensorProto, helper
+
+    def described(values: dict[str, list]) -> list:
         return [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in values.items()]
 
-    graph = helper.make_graph([node], "linear_attention", described(inputs), described(outputs))
-    opsets = [helper.make_opsetid("", 20 if domain else 27)]
-    opsets += [helper.make_opsetid(domain, 1)] if domain else []
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    graph = helper.make_graph([node], node.op_type, described(inputs), described(outputs))
+    imports = [helper.make_opsetid(*item) for item in opsets.items()]
+    model = helper.make_model(graph, functions=functions, opset_imports=imports, ir_version=10)
+    return model.SerializeToString()
 
 
-def _onnxruntime(x: Inputs, direction: str, domain: str) -> Call:
-    if direction == "forward+backward":
-        raise Unavailable("onnxruntime: inference only")
-    runtime = importlib.import_module("onnxruntime")
+def _by_node(x: Inputs, direction: str, domain: str) -> Call:
     if not domain:
         group = x.v.shape[2] // x.q.shape[2]
         x = x._replace(q=x.q.repeat_interleave(group, 2), k=x.k.repeat_interleave(group, 2))
+    feeds = {"query": x.q.flatten(2), "key": x.k.flatten(2), "value": x.v.flatten(2), "past_state": x.state}
+    return _onnxruntime(direction, lambda: one_node_model(x, domain), {**feeds, "decay": x.g, "beta": x.beta}, x)
+
+
+def _portable(x: Inputs, direction: str) -> Call:
+    feeds = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "beta": x.beta, "initial_state": x.state}
+    return _onnxruntime(direction, lambda: portable_model(x), feeds, x)
+
+
+def _onnxruntime(direction: str, model: Callable[[], bytes], feeds: dict[str, torch.Tensor], x: Inputs) -> Call:
+    """A call of the model, whose outputs are o and the state."""
+    if direction == "forward+backward":
+        raise Unavailable("onnxruntime: inference only")
+    runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     # Its threads would spin on the cores through the turns of the others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = runtime.InferenceSession(one_node_model(x, domain), options, providers=["CPUExecutionProvider"])
-    o, state = torch.empty_like(x.v), torch.empty_like(x.state)
-    feeds = {"query": x.q, "key": x.k, "value": x.v, "past_state": x.state, "decay": x.g, "beta": x.beta}
+    session = runtime.InferenceSession(model(), options, providers=["CPUExecutionProvider"])
+    feeds = {name: tensor.contiguous() for name, tensor in feeds.items()}
+    results = (torch.empty_like(x.v), torch.empty_like(x.state))
     binding = session.io_binding()
     for name, tensor in feeds.items():
-        value = tensor.flatten(2) if name in ("query", "key", "value") else tensor
-        binding.bind_input(name, "cpu", 0, "float32", list(value.shape), value.data_ptr())
-    binding.bind_output("output", "cpu", 0, "float32", list(o.flatten(2).shape), o.data_ptr())
-    binding.bind_output("present_state", "cpu", 0, "float32", list(state.shape), state.data_ptr())
+        binding.bind_input(name, "cpu", 0, "float32", list(tensor.shape), tensor.data_ptr())
+    for described, tensor in zip(session.get_outputs(), results):
+        shape = list(tensor.shape if len(described.shape) == 4 else tensor.flatten(2).shape)
+        binding.bind_output(described.name, "cpu", 0, "float32", shape, tensor.data_ptr())
 
     def call():
         session.run_with_iobinding(binding)
-        return o, state, feeds  # feeds: the runtime holds bare pointers into them
+        return *results, feeds  # feeds: the runtime holds bare pointers into them
 
     return call
 
@@ -107,7 +141,8 @@ CPU_PROVIDERS = {
         Provider(OURS, _gdn_ops),
         Provider("gdn_ops chunk", _gdn_ops_chunk),
         Provider("transformers", _transformers, ("transformers.models.qwen3_next", "transformers")),
-        Provider("ORT com.microsoft", lambda x, d: _onnxruntime(x, d, "com.microsoft"), ("onnxruntime", "onnxruntime")),
-        Provider("ORT ai.onnx", lambda x, d: _onnxruntime(x, d, ""), ("onnxruntime", "onnxruntime")),
+        Provider("ORT com.microsoft", lambda x, d: _by_node(x, d, "com.microsoft"), ("onnxruntime", "onnxruntime")),
+        Provider("ORT ai.onnx", lambda x, d: _by_node(x, d, ""), ("onnxruntime", "onnxruntime")),
+        Provider(PORTABLE, _portable, ("onnxruntime", "onnxruntime")),
     )
 }

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -115,30 +116,33 @@ class Model:
         threads: of one operator; 0 leaves it to the runtime.
 
     Raises:
-        Refusal: no such file, no manifest of a language model, or a file that the runtime cannot load.
+        Refusal: no such file, no manifest of a language model, a file that is not the one it describes, or one that the
+            runtime cannot load.
     """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         if not path.is_file():
             raise Refusal(f"FILE: expected an exported model, got {path}, which does not exist")
-        self.manifest = manifest = _read(path.parent / MANIFEST, "FILE", "an export's")
+        manifest = _read(path.parent / MANIFEST, "FILE", "an export's")
+        try:
+            self.target, self.vocab_size = manifest["target"], manifest["config"]["vocab_size"]
+            program = next(iter(manifest["programs"].values()))  # the one graph, or its part that was traced for T
+            self._fills, self._outputs = dict(manifest["initial_state"]), dict(program["states"])
+            _verify(path.parent, [program, *program.get("data", ())])
+        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+            raise Refusal(f"FILE: expected an export of a language model, got {path.parent}: {error!r}") from error
         runtime = _library("onnxruntime", "an ONNX file")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # Threads that spin while they wait make decode of a small model 3 times slower where the cores are shared.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's own kinds, of which only some are exported
             raise Refusal(f"FILE: expected a model that ONNX Runtime loads, got {path}: {_line(error)}") from error
-        self._value = runtime.OrtValue
-        try:
-            self.target, self.vocab_size = manifest["target"], manifest["config"]["vocab_size"]
-            (program,) = manifest["programs"].values()
-            self._fills, self._outputs = manifest["initial_state"], dict(program["states"])
-            inputs = {x.name: x for x in self.session.get_inputs()}
-            self._states = {name: inputs[name] for name in self._outputs}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Refusal(f"FILE: expected an export of a language model, got {path.parent}: {error!r}") from error
+        self._value, inputs = runtime.OrtValue, {x.name: x for x in self.session.get_inputs()}
+        self._states = {name: inputs[name] for name in self._outputs}
 
     def init_state(self, batch: int) -> dict[str, Any]:
         """The states before the first token, by name."""
@@ -252,6 +256,19 @@ def read_text(folder: Path) -> Text:
         return tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
 
     return Text(size, end, encode, lambda: tokenizer_decoder(tokenizer))
+
+
+def _verify(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Each file against its size and digest in the manifest."""
+    for entry in entries:
+        path, digest = folder / Path(entry["file"]).name, hashlib.sha256()
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            raise Refusal(f"FILE: expected {path.name} of {entry['size']} bytes as in its manifest, got another file")
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != entry["sha256"]:
+            raise Refusal(f"FILE: expected {path.name} of sha256 {entry['sha256']}, got another file")
 
 
 def _read(path: Path, argument: str, whose: str) -> dict[str, Any]:

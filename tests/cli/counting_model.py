@@ -6,6 +6,7 @@ token is their sum modulo VOCABULARY, so a state that is lost, or written over w
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -66,7 +67,14 @@ def write(folder: Path, dtype: int = TensorProto.FLOAT, text: dict | None = None
         "target": "portable",
         "config": {"vocab_size": VOCABULARY},
         "initial_state": {"layers.0.total": START, "position": 0},
-        "programs": {"model": {"file": path.name, "states": states}},
+        "programs": {
+            "prefill": {
+                "file": path.name,
+                "size": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "states": states,
+            }
+        },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     text = text or {"tokenizer": "bytes", "vocab_size": VOCABULARY, "end_of_text": 0}

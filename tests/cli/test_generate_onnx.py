@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 import shutil
@@ -248,6 +249,12 @@ def test_the_device_of_an_onnx_file(gdn, counting):
     assert result.code == 2 and "--device: expected auto or cpu for" in result.err and "got 'cuda'" in result.err
 
 
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def _edit(path: Path, **changes: object) -> None:
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({**fields, **changes}))
@@ -260,7 +267,8 @@ def _edit(path: Path, **changes: object) -> None:
         (lambda folder: (folder / "manifest.json").write_text("{"), "FILE: expected JSON in "),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "expected an export of a language model"),
         (lambda folder: _edit(folder / "manifest.json", config=None), "expected an export of a language model"),
-        (lambda folder: (folder / "model.onnx").write_bytes(b"no"), "expected a model that ONNX Runtime loads"),
+        (lambda folder: (folder / "model.onnx").write_bytes(b"no"), "bytes as in its manifest, got another file"),
+        (lambda folder: _flip(folder / "model.onnx"), "FILE: expected model.onnx of sha256 "),
         (lambda folder: (folder / "text.json").unlink(), "expected a tokenizer's text.json beside the model"),
         (lambda folder: (folder / "text.json").write_text("{}"), "to describe a tokenizer, got KeyError"),
         (lambda folder: _edit(folder / "text.json", tokenizer="tokenizer.json"), "a Hugging Face tokenizer.json, got"),
@@ -275,6 +283,16 @@ def test_folders_that_are_not_whole(counting, tmp_path, capsysbinary, damage, to
     assert generate_onnx.main([str(folder / "model.onnx")]) == 2
     out, err = capsysbinary.readouterr()
     assert not out and told in err.decode() and err.count(b"\n") == 1
+
+
+def test_a_file_that_the_runtime_cannot_load(tmp_path):
+    path = counting_model.write(tmp_path)
+    path.write_bytes(b"no")
+    fields = json.loads((tmp_path / "manifest.json").read_text())
+    fields["programs"]["prefill"] |= {"size": 2, "sha256": hashlib.sha256(b"no").hexdigest()}
+    _edit(tmp_path / "manifest.json", **fields)
+    with pytest.raises(Refusal, match="FILE: expected a model that ONNX Runtime loads, got "):
+        Model(path)
 
 
 def test_a_library_that_is_missing(counting, monkeypatch):

@@ -49,6 +49,20 @@ def test_decode_goes_on_from_the_state():
         assert_close(providers.first_result(call), want, 1e-6, "decode")
 
 
+@pytest.mark.parametrize("name", [name for name in CPU_PROVIDERS if name.startswith("ORT") or "ONNX" in name])
+@pytest.mark.parametrize(
+    ("shape", "direction"), [(Shape(2, 4, 2, 70, 16, 8), "forward"), (Shape(2, 4, 3, 1, 16, 8), "decode")]
+)
+def test_onnx_models_of_one_node_compute_the_same(name, shape, direction):
+    pytest.importorskip("onnx", minversion="1.23")
+    pytest.importorskip("onnxruntime")
+    x = make_inputs(shape, torch.float32, "cpu")
+    want = providers.first_result(CPU_PROVIDERS[OURS].bind(x, direction))
+    assert_close(providers.first_result(CPU_PROVIDERS[name].bind(x, direction)), want, 1e-6, name)
+    with pytest.raises(Unavailable, match="inference only"):
+        CPU_PROVIDERS[name].bind(x, "forward+backward")
+
+
 def test_op_on_the_cpu_end_to_end(tmp_path, capsys):
     main(
         [

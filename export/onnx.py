@@ -1,0 +1,252 @@
+"""A model as one ONNX file that gives eager's numbers, in one of three dialects.
+
+``portable`` runs wherever ONNX opset 18 does: each operator is a local function, a chunkwise loop with a branch for
+one token. ``ort`` has ONNX Runtime's fused operators, with the same functions as bodies for other runtimes. ``onnx27``
+has the operators that the standard got with opset 27. The table in ``gdn_ops.lowering.onnx`` says which node stands for
+what.
+
+A :class:`gdn_ops.models.HybridLM` becomes one graph for prefill and decode: ``input_ids [batch, T]`` (both from 1) and
+every state by its dotted name in, ``logits [batch, T, vocabulary]`` and ``present.<state>`` out. In an ONNX graph no
+two values share a name, hence the prefix; the manifest's ``states`` says which output feeds which input. ONNX Runtime
+alone runs it::
+
+    import json, numpy, onnxruntime
+    manifest, batch = json.load(open("out/manifest.json")), 2
+    program = manifest["programs"]["prefill"]
+    session = onnxruntime.InferenceSession("out/model.onnx", providers=["CPUExecutionProvider"])
+    states = [x for x in program["inputs"] if x["role"] == "state"]
+    shapes = {x["name"]: [batch if n == "batch" else n for n in x["shape"]] for x in states}
+    start, dtypes = manifest["initial_state"], {x["name"]: x["dtype"] for x in states}
+    state = {name: numpy.full(shape, start[name], dtypes[name]) for name, shape in shapes.items()}
+    names = ["logits", *program["states"].values()]
+    logits, *state = session.run(names, {"input_ids": numpy.zeros((batch, 70), "int64"), **state})
+    state = dict(zip(program["states"], state))
+
+An export is a folder: ``model.onnx``, ``model.onnx.data`` (the weights, if they are large), ``manifest.json`` and
+``parity.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from gdn_ops.export import manifest as manifests
+from gdn_ops.export import onnx_proof, parity
+from gdn_ops.export.destination import check_destination, replacing
+from gdn_ops.export.program import Plan, device_of, export_plan, inference, plan
+from gdn_ops.lowering.onnx import TARGETS, lower, translating
+from gdn_ops.lowering.onnx.stamps import raise_opset
+from gdn_ops.lowering.onnx.translation import unsupported_operators
+from torch import nn
+from torch.export import ExportedProgram
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FILE, DATA, TRACED_OPSET = "model.onnx", "model.onnx.data", 18
+# A file of more than 2 GiB is no valid protobuf; far below that, weights of their own are still handier.
+LARGE = 64 * 2**20
+
+
+class OnnxExport(NamedTuple):
+    """What :func:`export_onnx` wrote. ``report`` is what ``parity.json`` holds."""
+
+    out_dir: Path
+    files: dict[str, Path]
+    manifest: dict[str, Any]
+    report: dict[str, Any]
+
+
+def export_onnx(
+    model: nn.Module,
+    out_dir: str | Path,
+    target: str = "portable",
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+) -> OnnxExport:
+    """Writes ``model`` as an ONNX file for ``target``, proves it, and describes it in the folder ``out_dir``.
+
+    A HybridLM becomes the one program ``prefill``, which at length 1 is a decode step; any other module becomes
+    ``forward``, traced with ``example_inputs`` and ``dynamic_shapes`` as in :func:`gdn_ops.export.export_program`. What
+    is proved: the full checker, the stamped opsets, that ONNX Runtime loads the file, and that it gives eager's numbers
+    on the CPU at several lengths and batches, from fresh and from used states; the reference evaluator of the onnx
+    package gives them too, where the model is small enough for it. ``parity.json`` has the figures, and which operators
+    ran as kernels and which as the bodies in the file. ``out_dir`` may exist if it is empty or a previous export; it
+    appears whole or not at all.
+
+    Args:
+        target: ``"portable"``, ``"ort"`` or ``"onnx27"``.
+
+    Raises:
+        ValueError: unknown ``target``; bad ``example_inputs``; ``out_dir`` in use by something else; an operator, a
+            dtype or packed sequences (``cu_seqlens``) that the target has no form for; a file that ONNX Runtime does
+            not load.
+        TypeError: ``model`` or ``example_inputs`` of a wrong type.
+        ParityError: the file does not give eager's numbers; nothing is written.
+        ModuleNotFoundError: a package of the extra ``gdn-ops[onnx]`` is missing.
+
+    Example::
+
+        >>> result = export_onnx(model, "out", target="ort")  # doctest: +SKIP
+        >>> result.report["nodes"]["kernels"]  # doctest: +SKIP
+        {'com.microsoft::CausalConvWithState': 2, 'com.microsoft::LinearAttention': 2}
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            message = f"export_onnx needs {error.name}: pip install 'gdn-ops[onnx]'"
+            raise ModuleNotFoundError(message, name=error.name) from error
+    out_dir = Path(out_dir).absolute()
+    check_destination(out_dir)
+    plans = plan(model, example_inputs, dynamic_shapes)
+    inputs = [(item.args, item.kwargs) for item in plans.values()]
+    device, dtype = device_of(model, inputs), parity.working_dtype(model, inputs)
+    if device.type != "cpu":
+        raise ValueError(f"model: expected it on cpu, where the file is proved, got {device.type}: use model.cpu()")
+    onnx_proof.refuse_dtype(dtype, target)
+    with replacing(out_dir) as work:
+        manifest, report = _write(model, plans, device, dtype, target, work)
+    files = {path.name: path for path in sorted(out_dir.iterdir())}
+    return OnnxExport(out_dir, files, manifest, report)
+
+
+def _write(
+    model: nn.Module, plans: dict[str, Plan], device: torch.device, dtype: torch.dtype, target: str, folder: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    import onnx
+    import onnx_ir as ir
+    import onnxruntime
+    import onnxscript
+
+    name, item = next(iter(plans.items()))
+    program = export_plan(item)
+    entry = manifests.describe_program(item, program)
+    graph = _translate(name, item, program, entry, target)
+    if "step" in plans:
+        step = export_plan(plans["step"])
+        described = manifests.describe_program(plans["step"], step)
+        graph = _join(graph, _translate("step", plans["step"], step, described, target))
+    for bounds in entry["dynamic"].values():
+        bounds["min"] = max(bounds["min"], 1)  # runtimes do not loop over nothing
+    lowered = lower(graph, target)
+    graph.producer_name, graph.producer_version = "gdn_ops", _version()
+    large = sum(x.const_value.nbytes for x in graph.graph.initializers.values() if x.const_value is not None) > LARGE
+    ir.save(graph, folder / FILE, external_data=DATA if large else None)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    opsets = onnx_proof.check(folder / FILE, lowered.opset)
+    report = onnx_proof.prove(model, plans, program, entry, folder / FILE, lowered, dtype, target)
+    entry |= {"file": FILE, "size": (folder / FILE).stat().st_size, "sha256": manifests.sha256(folder / FILE)}
+    if large:
+        path = folder / DATA
+        entry["data"] = [{"file": DATA, "size": path.stat().st_size, "sha256": manifests.sha256(path)}]
+    entry |= {"opsets": opsets, "nodes": report["nodes"]}
+    packages = {x.__name__: x.__version__ for x in (onnx, onnxruntime, onnxscript)}
+    with inference(model):
+        manifest = manifests.describe(model, device, dtype, {name: entry}, target, **packages)
+    (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest, report
+
+
+def _version() -> str:
+    import gdn_ops
+
+    return gdn_ops.__version__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages that are not installed and on torch's own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _translate(name: str, item: Plan, program: ExportedProgram, entry: dict[str, Any], target: str) -> ir.Model:
+    """The program in ONNX, each operator of this package one node of the domain ``gdn_ops``, names the manifest's."""
+    reasons = unsupported_operators(entry["operators"])
+    if reasons:
+        listed = "; ".join(f"{operator}: {reason}" for operator, reason in reasons.items())
+        raise ValueError(f"model: program {name!r} cannot go into an ONNX file: {listed}")
+    with translating() as table, _quiet(), torch.no_grad():
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=TRACED_OPSET, custom_translation_table=table, verbose=False
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise ValueError(f"model: torch.onnx.export: {cause}") from error
+    model = exported.model
+    if model.opset_imports.get("") != TRACED_OPSET:
+        raise RuntimeError(f"torch.onnx.export: expected opset {TRACED_OPSET}, got {dict(model.opset_imports)}")
+    if target == "onnx27":
+        raise_opset(model, 27)
+    _name(model, item, program, entry)
+    return model
+
+
+def _join(prefill: ir.Model, step: ir.Model) -> ir.Model:
+    from gdn_ops.export.onnx_branches import join
+
+    return join(prefill, step)
+
+
+def _name(model: ir.Model, item: Plan, program: ExportedProgram, entry: dict[str, Any]) -> None:
+    """Gives inputs, outputs and dynamic sizes the manifest's names, and the manifest those that had to differ."""
+    graph = model.graph
+    if len(graph.inputs) != len(entry["inputs"]) or len(graph.outputs) != len(entry["outputs"]):
+        raise ValueError(
+            f"model: expected an ONNX graph of {len(entry['inputs'])} inputs and {len(entry['outputs'])} outputs, got "
+            f"{len(graph.inputs)} and {len(graph.outputs)}: leave out arguments and results that are no tensors"
+        )
+    _own_outputs(model)
+    taken = {x["name"] for x in entry["inputs"]} | set(graph.initializers)
+    for described in entry["outputs"]:
+        if described["name"] in taken:
+            described["name"] = f"present.{described['name']}"
+        taken.add(described["name"])
+    outputs = [x["name"] for x in entry["outputs"]]
+    entry["states"] = {name: outputs[1 + i] for i, name in enumerate(item.states)}
+    for node in graph:  # an inner value may already have the name that an output or input is to have
+        for value in node.outputs:
+            if value.name in taken:
+                value.name = f"{value.name}.inner"
+    for value, described in zip((*graph.inputs, *graph.outputs), (*entry["inputs"], *entry["outputs"])):
+        value.name = described["name"]
+    names = {str(symbol): name for symbol, name in manifests.dimension_names(item, program).items()}
+    onnx_proof.rename_dimensions(model, names)
+
+
+def _own_outputs(model: ir.Model) -> None:
+    """An output that is an input, a weight or another output gets a node of its own, so that it can have a name."""
+    import onnx_ir as ir
+
+    graph, seen = model.graph, set()
+    for index, value in enumerate(graph.outputs):
+        if value.producer() is None or value in seen:
+            node = ir.Node("", "Identity", [value])
+            node.outputs[0].dtype, node.outputs[0].shape = value.dtype, value.shape
+            graph.append(node)
+            graph.outputs[index] = node.outputs[0]
+        seen.add(value)
