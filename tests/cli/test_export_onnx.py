@@ -19,8 +19,7 @@ pytest.importorskip("onnxruntime")
 
 from tests.cli import counting_model
 from tests.cli.conftest import run_gdn
-
-TARGETS = ("onnx27", "ort", "portable")
+from tests.export.onnx_exports import TARGETS
 
 
 @pytest.fixture(scope="module", params=TARGETS)
