@@ -16,6 +16,7 @@ from perf.plot import draw, pictures
 from perf.providers import OURS, PROVIDERS, Provider, Unavailable, absent, bind_all
 from perf.records import read_csv
 from perf.shapes import Shape, make_inputs
+from tests.export.onnx_exports import needs_the_operators
 from tests.oracle import assert_close
 
 SMALL = Shape(1, 2, 1, 64, 16, 16)
@@ -49,13 +50,18 @@ def test_decode_goes_on_from_the_state():
         assert_close(providers.first_result(call), want, 1e-6, "decode")
 
 
-@pytest.mark.parametrize("name", [name for name in CPU_PROVIDERS if name.startswith("ORT") or "ONNX" in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gdn_ops portable ONNX",
+        *(pytest.param(name, marks=needs_the_operators) for name in CPU_PROVIDERS if name.startswith("ORT")),
+    ],
+)
 @pytest.mark.parametrize(
     ("shape", "direction"), [(Shape(2, 4, 2, 70, 16, 8), "forward"), (Shape(2, 4, 3, 1, 16, 8), "decode")]
 )
 def test_onnx_models_of_one_node_compute_the_same(name, shape, direction):
     pytest.importorskip("onnx", minversion="1.23")
-    pytest.importorskip("onnxruntime")
     x = make_inputs(shape, torch.float32, "cpu")
     want = providers.first_result(CPU_PROVIDERS[OURS].bind(x, direction))
     assert_close(providers.first_result(CPU_PROVIDERS[name].bind(x, direction)), want, 1e-6, name)
