@@ -12,16 +12,20 @@ from pathlib import Path
 from gdn_ops.export import manifest as manifests
 
 
+def may_be_replaced(folder: Path) -> bool:
+    """Whether ``folder`` holds nothing but an earlier export, if it holds anything."""
+    if not any(folder.iterdir()):
+        return True
+    try:
+        return json.loads((folder / "manifest.json").read_text()).get("format") in manifests.FORMATS
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def check_destination(out_dir: Path) -> None:
     """ValueError unless ``out_dir`` is new, empty, or an earlier export."""
     if out_dir.is_dir():
-        if not any(out_dir.iterdir()):
-            return
-        try:
-            found = json.loads((out_dir / "manifest.json").read_text()).get("format")
-        except (OSError, ValueError, AttributeError):
-            found = None
-        if found not in manifests.FORMATS:
+        if not may_be_replaced(out_dir):
             raise ValueError(
                 f"out_dir: expected a new or empty folder or a previous export, got {out_dir} with other files"
             )
@@ -31,7 +35,11 @@ def check_destination(out_dir: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(out_dir: Path) -> Iterator[Path]:
-    """Gives an empty folder beside ``out_dir`` that takes its place at the end, or is removed after an error."""
+    """Gives an empty folder beside ``out_dir`` that takes its place at the end, or is removed after an error.
+
+    A kill between the two renames of a replacement leaves the old folder beside ``out_dir``, under a name that begins
+    with ``.<name>.old``.
+    """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:

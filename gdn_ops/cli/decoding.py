@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
+from gdn_ops.cli.generate_onnx import Speed
 from gdn_ops.cli.loading import Loaded
 from gdn_ops.models.generation import Sampling, choose
-
-
-@dataclass
-class Speed:
-    """Filled in while tokens are generated; seconds include the choice of each token."""
-
-    prompt: int = 0
-    prefill_seconds: float = 0.0
-    steps: int = 0
-    step_seconds: float = 0.0
-
-    def __str__(self) -> str:
-        prefill = self.prompt / max(self.prefill_seconds, 1e-9)
-        text = f"prompt {self.prompt} tokens at {prefill:,.0f} tokens/s"
-        if self.steps:
-            text += f", {self.steps} more at {self.steps / max(self.step_seconds, 1e-9):,.0f} tokens/s"
-        return text
 
 
 @torch.no_grad()

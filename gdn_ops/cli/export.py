@@ -63,7 +63,8 @@ def command(
     from gdn_ops.cli import loading, measure
     from gdn_ops.cli import text as texts
     from gdn_ops.cli.device import pick
-    from gdn_ops.cli.folders import replacing, write_file
+    from gdn_ops.cli.folders import sync, write_file
+    from gdn_ops.export.destination import replacing
 
     if target.onnx and device not in ("auto", "cpu"):
         raise UserError(
@@ -84,6 +85,7 @@ def command(
         with _waiting("measuring"):
             rows = finish(directory)
         write_file(work / "measured.json", json.dumps([row._asdict() for row in rows], indent=2).encode() + b"\n")
+        sync(work)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     threads = f" (threads: {torch.get_num_threads()})" if chosen.type == "cpu" else ""
     console.print(measure.table(rows, f"{out}: {chosen.type}{threads}, {dtype.value}"), markup=False)
@@ -172,9 +174,11 @@ TARGETS: dict[Target, Callable[[Any, Path], Callable[[Path], list]]] = {
 
 def _check_destination(out: Path) -> None:
     """Before the work rather than after it."""
+    from gdn_ops.export.destination import may_be_replaced
+
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: expected a folder, got the file {out}")
-    if out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file():
+    if out.is_dir() and not may_be_replaced(out):
         raise UserError(f"--out: expected a new or empty folder or an earlier export, got {out} with other files")
     parent = next(path for path in out.absolute().parents if path.exists())
     if not parent.is_dir():

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -31,29 +27,3 @@ def sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which takes the place of ``target`` when the block ends without an error.
-
-    A kill between the two renames of a replacement leaves the old folder beside ``target``, under a name that begins
-    with ``.<name>.old``.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.new.", dir=target.parent) as scratch:
-        work = Path(scratch) / "new"
-        yield work
-        sync(work)
-        if not target.exists():
-            work.rename(target)
-            return
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-        target.rename(old / "was")
-        try:
-            work.rename(target)
-        except BaseException:
-            (old / "was").rename(target)
-            raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)

@@ -10,9 +10,9 @@ import gdn_ops.export
 import pytest
 import torch
 from gdn_ops.export import ParityError, verify
+from gdn_ops.export.destination import replacing
 
 from gdn_ops.cli import measure
-from gdn_ops.cli.folders import replacing
 
 
 def test_the_table_is_what_was_measured(trained, exported):
@@ -146,11 +146,18 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     target = tmp_path / "out"
     for content in ("first", "second"):
         with replacing(target) as work:
-            work.mkdir()
             (work / "file").write_text(content)
             assert not target.exists() or (target / "file").read_text() == "first"
         assert (target / "file").read_text() == content
     with pytest.raises(KeyError), replacing(target) as work:
-        work.mkdir()
         raise KeyError("stop")
     assert (target / "file").read_text() == "second" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_something_else_is_kept_whatever_its_manifest(gdn, trained, tmp_path):
+    """Many a project has a manifest.json; only an export's may be replaced."""
+    (tmp_path / "manifest.json").write_text('{"name": "another project"}')
+    (tmp_path / "work.txt").write_text("years of it")
+    result = gdn("export", trained, "--out", tmp_path)
+    assert result.code == 2 and "--out: expected a new or empty folder or an earlier export" in result.err
+    assert (tmp_path / "work.txt").read_text() == "years of it"
