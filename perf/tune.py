@@ -49,10 +49,10 @@ class Kernel(NamedTuple):
 _TILES = {"BK": (32, 64, 128), "BV": (16, 32, 64, 128)}
 _LAUNCH = {"num_warps": (2, 4, 8), "num_stages": (2, 3)}
 KERNELS = {
-    "wup": Kernel("wup_configuration", ("intra_chunk",), "forward", {**_TILES, **_LAUNCH}),
+    "score": Kernel("score_configuration", ("intra_chunk",), "forward", {"BK": _TILES["BK"], **_LAUNCH}),
     # A scan holds all of K, and one stage is wrong on Hopper (docs/kernels.md): neither is a choice.
     "scan": Kernel(
-        "scan_configuration", ("chunk_forward", "chunk_backward"), "forward", {"BV": (16, 32, 64), **_LAUNCH}
+        "scan_configuration", ("chunk_forward", "chunk_backward"), "forward", {"BV": (16, 32, 64, 128), **_LAUNCH}
     ),
     "value_gradient": Kernel(
         "value_gradient_configuration", ("chunk_backward",), "backward", {"BV": _TILES["BV"], **_LAUNCH}

@@ -50,11 +50,13 @@ class Dtype(str, enum.Enum):
 def command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A trained model's folder.")],
     out: Annotated[
-        Path, typer.Option(metavar="OUT", help="Folder for the export; an earlier export in it is replaced.")
+        Path, typer.Option("--out", metavar="OUT", help="Folder for the export; an earlier export in it is replaced.")
     ],
-    target: Annotated[Target, typer.Option(help="What the model becomes.")] = Target.aoti,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N: where the artifact will run.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and arithmetic.")] = Dtype.float32,
+    target: Annotated[Target, typer.Option("--target", help="What the model becomes.")] = Target.aoti,
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda or cuda:N: where the artifact will run.")
+    ] = "auto",
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of weights and arithmetic.")] = Dtype.float32,
 ) -> None:
     """Makes an artifact, checked against eager and measured."""
     import torch

@@ -21,7 +21,7 @@ def command(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="A trained model's folder, an export's, or a FILE.onnx of an export.")
     ],
-    prompt: Annotated[str, typer.Option(help="The text to continue; empty: a new document.")] = "",
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue; empty: a new document.")] = "",
     max_new_tokens: Annotated[int, whole("--max-new-tokens", 1, "Tokens to add at most.")] = 256,
     temperature: Annotated[float, real("--temperature", 0, "0: always the most likely token.")] = 0.8,
     top_k: Annotated[int | None, whole("--top-k", 1, "Draw from that many most likely tokens.")] = None,
@@ -29,7 +29,7 @@ def command(
         float | None, real("--top-p", 0, "Draw from the fewest tokens of this total chance.", most=1, above=True)
     ] = None,
     seed: Annotated[int, whole("--seed", 0, "Of the draws.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; an export has its own.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; an export has its own.")] = "auto",
 ) -> None:
     """Continues a text with a model or an export."""
     if temperature == 0 and (top_k is not None or top_p is not None):

@@ -26,9 +26,13 @@ class Dtype(str, enum.Enum):
 
 
 def command(
-    out: Annotated[Path, typer.Option(metavar="OUT", help="Folder of the run; an earlier run in it is continued.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="OUT", help="Folder of the run; an earlier run in it is continued.")
+    ],
     steps: Annotated[int, whole("--steps", 1, "Steps of the optimizer in the whole run.")],
-    preset: Annotated[str, typer.Option(help="Model: tiny, gdn-0.4b, h1-0.4b, gdn-1.3b, h1-1.3b.")] = "tiny",
+    preset: Annotated[
+        str, typer.Option("--preset", help="Model: tiny, gdn-0.4b, h1-0.4b, gdn-1.3b, h1-1.3b.")
+    ] = "tiny",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Another value for a field of the preset, repeatable."),
@@ -36,11 +40,13 @@ def command(
     data: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="PATH", help="Text file or folder of them, repeatable; default: Python's standard library."
+            "--data",
+            metavar="PATH",
+            help="Text file or folder of them, repeatable; default: Python's standard library.",
         ),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Hugging Face tokenizer.json; default: bytes.")
+        Path | None, typer.Option("--tokenizer", metavar="FILE", help="Hugging Face tokenizer.json; default: bytes.")
     ] = None,
     batch_size: Annotated[int, whole("--batch-size", 1, "Windows a step (a part of one, with --accumulate).")] = 8,
     accumulate: Annotated[int, whole("--accumulate", 1, "Parts that a step's batch is computed in.")] = 1,
@@ -51,8 +57,10 @@ def command(
     clip: Annotated[float, real("--clip", 0, "Largest gradient norm; 0: no clipping.")] = 1.0,
     seed: Annotated[int, whole("--seed", 0, "Of the weights and of the order of the data.")] = 0,
     held_out: Annotated[float, real("--held-out", 0, "Part of the text kept for validation.", most=0.5)] = 0.01,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 autocast on CUDA, float32 on CPU.")] = Dtype.auto,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", help="auto: bfloat16 autocast on CUDA, float32 on CPU.")
+    ] = Dtype.auto,
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile(fullgraph=True).")] = True,
     save_every: Annotated[int, whole("--save-every", 1, "Steps between checkpoints.")] = 250,
     eval_every: Annotated[int | None, whole("--eval-every", 1, "Steps between validations; default: a tenth.")] = None,

@@ -28,8 +28,9 @@ def register(
     """Defines ``gdn::<schema>`` and returns its overload.
 
     ``cpu`` is plain torch and serves fp64 on CUDA as well. ``triton`` is ``"module:function"`` in
-    ``gdn_ops.kernels.triton``, imported at the first CUDA call. While ``torch.compile`` traces CUDA tensors, the call
-    is replaced by that function's kernels, so that Inductor sees them; ``torch.export`` keeps the operator as one node.
+    ``gdn_ops.kernels.triton``, imported at the first CUDA call. While ``torch.compile`` or AOTInductor traces CUDA
+    tensors, the call is replaced by that function's kernels, so that Inductor sees them; ``torch.export`` keeps the
+    operator as one node.
     ``backward`` is ``(backward, setup_context)``; without it, a backward pass through the operator raises
     ``NotImplementedError``. ``autocast`` gives the positions cast to the autocast dtype: gates
     and states stay as they are, which is why torch's own all-tensors rule is not used.
@@ -72,7 +73,7 @@ def _cuda_rules(triton: str, plain: Callable) -> tuple[Callable, Callable]:
             return implementation(args)(*args)
 
     def trace(mode, op, types, args, kwargs):
-        if mode.export or args[0].device.type != "cuda" or implementation(args) is plain:
+        if _is_exporting(mode) or args[0].device.type != "cuda" or implementation(args) is plain:
             return mode.__torch_dispatch__(op, types, args, kwargs)
         from gdn_ops.kernels.triton.launch import traced
 
@@ -80,6 +81,13 @@ def _cuda_rules(triton: str, plain: Callable) -> tuple[Callable, Callable]:
             return implementation(args)(*args, **kwargs)
 
     return run, trace
+
+
+def _is_exporting(mode: FunctionalTensorMode) -> bool:
+    """Whether the graph being traced is a program, not the code that AOTInductor makes of one (an "export" as well)."""
+    from torch._inductor.virtualized import V
+
+    return mode.export and not V.aot_compilation
 
 
 def _autograd_rule(op: torch._ops.OpOverload, backward: Callable | None, setup_context: Callable | None) -> Callable:

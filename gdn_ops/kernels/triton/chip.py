@@ -24,6 +24,11 @@ class Chip(NamedTuple):
     shared_memory: int
     multiprocessors: int
 
+    @property
+    def large(self) -> bool:
+        """Whether blocks may have 200 kB of shared memory, and products are a warpgroup's (sm_90, sm_100)."""
+        return self.shared_memory > 200_000
+
 
 CHIPS = {
     "sm_80": Chip("cuda", 80, 166912, 108),

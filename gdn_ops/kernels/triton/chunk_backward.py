@@ -1,19 +1,20 @@
 """The chunkwise gated delta rule on the GPU, backward. Nothing is saved by the forward but its inputs.
 
-1. ``intra_chunk`` again, with ``E = P^T dO`` in place of ``P``.
+1. ``intra_chunk`` again, with the inverse beside ``T`` and ``scale * exp(c) * Q``.
 2. **both_ways_kernel**: every other program is the forward scan, this time writing the state ``S`` before each chunk
    and ``V'``; the others, one a (segment, value head, tile of value columns), carry ``dS``, the gradient of the state
-   after the chunk, from the last chunk to the first, and write it and ``dU``, the gradient of ``U`` and of ``V'``::
+   after the chunk, from the last chunk to the first, and write it and ``X``, values first like the scan::
 
-       dU = E + exp(c_C - c) * (K dS)          dS <- exp(c_C) dS + (scale * exp(c) * Q)^T dO - W^T dU
+       dV'^T = dO^T P + (exp(c_C - c) * (dS^T K^T))        X^T = dV'^T inverse
+       dS^T <- exp(c_C) dS^T + dO^T (scale * exp(c) * Q) - (beta * exp(c) * X^T) K
 
-   Two of the three products are a chain; everything else stands outside the loop over chunks.
-3. **value_gradient_kernel**, one program a (chunk, value head): everything with an extent of value columns::
+   Three of the five products are a chain, and pass no shared memory.
+3. **value_gradient_kernel**, one program a (chunk, value head): everything else with an extent of value columns::
 
-       X = inverse^T dU     dV = beta * X     dP = scale * (dO V'^T) * D     dA = strict_lower(X V'^T) * D
+       dV = beta * X     dP = scale * (dO V'^T) * D     dA = strict_lower(X V'^T) * D
 
-   The gradient of the inverse, ``-inverse^T (dT) inverse^T``, needs no other product: U - W S is V', so what comes
-   through U and through W adds to ``X V'^T``.
+   The gradient of the inverse, ``-inverse^T (dT) inverse^T``, needs no other product: what comes through the values and
+   what comes through the keys adds to ``X V'^T``.
 4. **key_gradient_kernel**, one program a (chunk, key head, tile of key columns), adds over the value heads of its key::
 
        R  = exp(c) * (X S^T) + dA K                                    (minus what the rows of the inverse pass on)
@@ -56,27 +57,24 @@ from gdn_ops.kernels.triton.segments import Maps, combine, maps, segment_length
 @triton.jit
 def reverse_segment(
     program,
-    q,
     k,
-    W,
-    E,
+    grown_q,
+    inverse,
+    P,
+    beta,
     from_start,
     to_end,
     do,
     enter,
     leave,
     dstates,
-    dU,
+    X,
     cu_seqlens,
     chunk_offsets,
     segment_offsets,
     SEGMENT,
-    scale,
     T,
     N,
-    stride_q_b,
-    stride_q_t,
-    stride_q_h,
     stride_k_b,
     stride_k_t,
     stride_k_h,
@@ -102,80 +100,83 @@ def reverse_segment(
     )
     h = hv // (HV // H)
     rows = tl.arange(0, C)
+    square = rows[:, None] * C + rows[None, :]
     in_k = tl.arange(0, BK)
     in_v = program % NV * BV + tl.arange(0, BV)
     mask_k = in_k < K
     mask_v = in_v < V
-    mask_kv = mask_k[:, None] & mask_v[None, :]
-    state_offsets = in_k[:, None] * V + in_v[None, :]
+    mask_vk = mask_v[:, None] & mask_k[None, :]
+    state_offsets = in_v[:, None] + in_k[None, :] * V
 
     length = tl.where(exists, end - begin, 0).to(tl.int32)
     chunks = (length + C - 1) // C
     token = begin + (chunks - 1) * C
-    q += b * stride_q_b + token * stride_q_t + h * stride_q_h
     k += b * stride_k_b + token * stride_k_t + h * stride_k_h
     do += b * stride_do_b + token * stride_do_t + hv * stride_do_h
-    here = (b * HV + hv) * T + token
-    W += here * K
-    E += here * V
-    from_start += here
-    to_end += here
+    here = (first_chunk + chunks - 1) * HV + hv
+    grown_q += here * C * K
+    inverse += here * C * C
+    P += here * C * C
+    beta += here * C
+    from_start += here * C
+    to_end += here * C
     if dstates is not None:
-        dU += here * V
-        dstates += ((first_chunk + chunks - 1) * HV + hv) * K * V
+        X += here * C * V
+        dstates += here * K * V
 
     if enter is None:
-        dS_kv = tl.zeros([BK, BV], dtype=tl.float32)
+        dS_vk = tl.zeros([BV, BK], dtype=tl.float32)
     else:
         enter += (segment * HV + hv) * K * V
-        dS_kv = tl.load(enter + state_offsets, mask=mask_kv & exists, other=0.0).to(tl.float32)
+        dS_vk = tl.load(enter + state_offsets, mask=mask_vk & exists, other=0.0).to(tl.float32)
     for i in range(0, chunks):
-        left = tl.minimum(length - (chunks - 1 - i) * C, C)
-        real = rows < left
-        mask_ck = real[:, None] & mask_k[None, :]
-        mask_cv = real[:, None] & mask_v[None, :]
-        k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
-        q_ck = tl.load(q + rows[:, None] * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
-        w_ck = tl.load(W + rows[:, None] * K + in_k[None, :], mask=mask_ck, other=0.0)
-        do_cv = tl.load(do + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
-        grown_c = tl.load(from_start + rows, mask=real, other=0.0) * scale
-        decay_c = tl.load(to_end + rows, mask=real, other=0.0)
-        whole = tl.load(from_start + left - 1)
-        dS_low = dS_kv.to(k_ck.dtype)
-        kept_cv = tl.dot(k_ck, dS_low, input_precision=PRECISION)
-        # Loaded after the product for the reason given in chunk_forward.scan_kernel.
-        e_cv = tl.load(E + rows[:, None] * V + in_v[None, :], mask=mask_cv, other=0.0)
-        du_wide = e_cv.to(tl.float32) + kept_cv * decay_c[:, None]
-        du_cv = du_wide.to(k_ck.dtype)
-        grown_cv = (do_cv.to(tl.float32) * grown_c[:, None]).to(q_ck.dtype)
+        real = rows < length - (chunks - 1 - i) * C
+        do_cv = tl.load(
+            do + rows[:, None] * stride_do_t + in_v[None, :], mask=real[:, None] & mask_v[None, :], other=0.0
+        )
+        p_cc = tl.load(P + square)
+        k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=real[:, None] & mask_k[None, :], other=0.0)
+        inverse_cc = tl.load(inverse + square)
+        q_ck = tl.load(grown_q + rows[:, None] * K + in_k[None, :], mask=mask_k[None, :], other=0.0)
+        decay_c = tl.load(to_end + rows)
+        whole = tl.load(from_start + C - 1)
+        erasing_c = -tl.load(beta + rows) * tl.load(from_start + rows)
+        dS_low = dS_vk.to(k_ck.dtype)
+        e_vc = tl.dot(tl.trans(do_cv), p_cc, input_precision=PRECISION)
+        kept_vc = tl.dot(dS_low, tl.trans(k_ck), input_precision=PRECISION)
+        # Not by +, which would make the other product wait for this one and add to it.
+        dnew_vc = tl.fma(kept_vc, tl.broadcast_to(decay_c[None, :], [BV, C]), e_vc)
+        x_vc = tl.dot(dnew_vc.to(k_ck.dtype), inverse_cc, input_precision=PRECISION)
         if dstates is not None:
-            tl.store(dstates + state_offsets, dS_low, mask=mask_kv)
-            tl.store(dU + rows[:, None] * V + in_v[None, :], du_cv, mask=mask_cv)
-            dU -= C * V
+            tl.store(dstates + in_v[:, None] * K + in_k[None, :], dS_low, mask=mask_vk)
+            tl.store(X + in_v[:, None] * C + rows[None, :], x_vc.to(X.dtype.element_ty), mask=mask_v[:, None])
+            X -= HV * C * V
             dstates -= HV * K * V
-        dS_kv = tl.dot(tl.trans(q_ck), grown_cv, dS_kv * whole, input_precision=PRECISION)
-        dS_kv = tl.dot(tl.trans(w_ck), (-du_wide).to(w_ck.dtype), dS_kv, input_precision=PRECISION)
-        q -= C * stride_q_t
+        dS_vk = tl.dot(tl.trans(do_cv), q_ck, dS_vk * whole, input_precision=PRECISION)
+        dS_vk = tl.dot((x_vc * erasing_c[None, :]).to(k_ck.dtype), k_ck, dS_vk, input_precision=PRECISION)
         k -= C * stride_k_t
         do -= C * stride_do_t
-        W -= C * K
-        E -= C * V
-        from_start -= C
-        to_end -= C
+        grown_q -= HV * C * K
+        inverse -= HV * C * C
+        P -= HV * C * C
+        beta -= HV * C
+        from_start -= HV * C
+        to_end -= HV * C
     if leave is not None:
         if dstates is None:
-            tl.store(leave + (segment * HV + hv) * K * V + state_offsets, dS_kv, mask=mask_kv & exists)
+            tl.store(leave + (segment * HV + hv) * K * V + state_offsets, dS_vk, mask=mask_vk & exists)
         else:
             if first & exists:
-                tl.store(leave + (n * HV + hv) * K * V + state_offsets, dS_kv, mask=mask_kv)
+                tl.store(leave + (n * HV + hv) * K * V + state_offsets, dS_vk, mask=mask_vk)
 
 
 @triton.jit
 def reverse_map_kernel(
-    q,
     k,
-    W,
-    E,
+    grown_q,
+    inverse,
+    P,
+    beta,
     from_start,
     to_end,
     do,
@@ -184,12 +185,8 @@ def reverse_map_kernel(
     chunk_offsets,
     segment_offsets,
     SEGMENT,
-    scale,
     T,
     N,
-    stride_q_b,
-    stride_q_t,
-    stride_q_h,
     stride_k_b,
     stride_k_t,
     stride_k_h,
@@ -207,20 +204,22 @@ def reverse_map_kernel(
 ):
     """``dS`` before each segment from zero after it: what the maps of ``segments.py`` need of the way back."""
     reverse_segment(
-        tl.program_id(0), q, k, W, E, from_start, to_end, do, None, leave, None, None, cu_seqlens, chunk_offsets,
-        segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
-        stride_do_b, stride_do_t, stride_do_h, H, HV, K, V, BK, BV, C, PRECISION,
+        tl.program_id(0), k, grown_q, inverse, P, beta, from_start, to_end, do, None, leave, None, None, cu_seqlens,
+        chunk_offsets, segment_offsets, SEGMENT, T, N, stride_k_b, stride_k_t, stride_k_h, stride_do_b, stride_do_t,
+        stride_do_h, H, HV, K, V, BK, BV, C, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def both_ways_kernel(
-    q,
     k,
+    v,
     do,
-    W,
-    U,
-    E,
+    grown_q,
+    transition,
+    inverse,
+    P,
+    beta,
     from_start,
     to_end,
     before,
@@ -229,20 +228,19 @@ def both_ways_kernel(
     after,
     leave,
     dstates,
-    dU,
+    X,
     cu_seqlens,
     chunk_offsets,
     segment_offsets,
     SEGMENT,
-    scale,
     T,
     N,
-    stride_q_b,
-    stride_q_t,
-    stride_q_h,
     stride_k_b,
     stride_k_t,
     stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
     stride_do_b,
     stride_do_t,
     stride_do_h,
@@ -260,15 +258,15 @@ def both_ways_kernel(
     program = tl.program_id(0)
     if program % 2 == 0:
         scan_segment(
-            program // 2, q, k, W, U, None, from_start, to_end, None, before, None, states, written, cu_seqlens,
-            chunk_offsets, segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b,
-            stride_k_t, stride_k_h, H, HV, K, V, BK, BV, C, PRECISION,
+            program // 2, k, k, v, transition, None, from_start, to_end, None, before, None, states, written,
+            cu_seqlens, chunk_offsets, segment_offsets, SEGMENT, 1.0, T, N, stride_k_b, stride_k_t, stride_k_h,
+            stride_k_b, stride_k_t, stride_k_h, stride_v_b, stride_v_t, stride_v_h, H, HV, K, V, BK, BV, C, PRECISION,
         )  # fmt: skip
     else:
         reverse_segment(
-            program // 2, q, k, W, E, from_start, to_end, do, after, leave, dstates, dU, cu_seqlens, chunk_offsets,
-            segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t,
-            stride_k_h, stride_do_b, stride_do_t, stride_do_h, H, HV, K, V, BK, BV, C, PRECISION,
+            program // 2, k, grown_q, inverse, P, beta, from_start, to_end, do, after, leave, dstates, X, cu_seqlens,
+            chunk_offsets, segment_offsets, SEGMENT, T, N, stride_k_b, stride_k_t, stride_k_h, stride_do_b,
+            stride_do_t, stride_do_h, H, HV, K, V, BK, BV, C, PRECISION,
         )  # fmt: skip
 
 
@@ -276,12 +274,12 @@ def both_ways_kernel(
 def value_gradient_kernel(
     v,
     do,
-    beta,
     c_sum,
-    inverse,
+    beta,
     written,
-    dU,
+    X,
     dP,
+    dA,
     dv,
     dbeta,
     cu_seqlens,
@@ -295,62 +293,55 @@ def value_gradient_kernel(
     stride_do_b,
     stride_do_t,
     stride_do_h,
-    stride_beta_b,
-    stride_beta_t,
-    stride_beta_h,
     HV: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes ``X`` over ``dU``, ``dA * D`` over ``inverse``, ``scale * dP * D``, ``dv``, and its part of dbeta."""
+    """Writes ``scale * dP * D``, ``dA * D``, ``dv``, and its part of dbeta."""
+    scale = tl.cast(scale, tl.float32)  # Inductor passes fp64
     program = tl.program_id(0)
     hv = (program % HV).to(tl.int64)
     b, begin, length = chunk_of((program // HV).to(tl.int64), T, N, cu_seqlens, chunk_offsets, C)
     if length == 0:
         return
-    low = dU.dtype.element_ty
     rows = tl.arange(0, C)
     real = rows < length
-    here = (b * HV + hv) * T + begin
+    here = program.to(tl.int64) * C
     there = (b * T + begin) * HV + hv
     v += b * stride_v_b + begin * stride_v_t + hv * stride_v_h
     do += b * stride_do_b + begin * stride_do_t + hv * stride_do_h
-    beta += b * stride_beta_b + begin * stride_beta_t + hv * stride_beta_h
-    dv += there * V
-    dU += here * V
+    X += here * V
     written += here * V
-    inverse += here * C
-    dP += here * C
-    square = rows[:, None] * C + rows[None, :]
-    beta_c = tl.load(beta + rows * stride_beta_t, mask=real, other=0.0).to(tl.float32)
-    c = tl.load(c_sum + here + rows, mask=real, other=0.0)
-    inverse_cc = tl.load(inverse + square, mask=real[:, None] & real[None, :], other=0.0)
+    dv += there * V
+    beta_c = tl.load(beta + here + rows)
     dp_cc = tl.zeros([C, C], dtype=tl.float32)
     da_cc = tl.zeros([C, C], dtype=tl.float32)
     dbeta_c = tl.zeros([C], dtype=tl.float32)
     for start in range(0, V, BV):
         in_v = start + tl.arange(0, BV)
-        mask_cv = real[:, None] & (in_v < V)[None, :]
-        offsets_cv = rows[:, None] * V + in_v[None, :]
-        du_cv = tl.load(dU + offsets_cv, mask=mask_cv, other=0.0)
-        new_cv = tl.load(written + offsets_cv, mask=mask_cv, other=0.0)
+        mask_v = in_v < V
+        mask_cv = real[:, None] & mask_v[None, :]
+        offsets_vc = in_v[:, None] * C + rows[None, :]
+        x_vc = tl.load(X + offsets_vc, mask=mask_v[:, None], other=0.0)
+        new_vc = tl.load(written + offsets_vc, mask=mask_v[:, None], other=0.0)
         do_cv = tl.load(do + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
         v_cv = tl.load(v + rows[:, None] * stride_v_t + in_v[None, :], mask=mask_cv, other=0.0)
-        x_cv = tl.dot(tl.trans(inverse_cc), du_cv, input_precision=PRECISION)
-        x_low = x_cv.to(low)
-        dp_cc = tl.dot(do_cv, tl.trans(new_cv), dp_cc, input_precision=PRECISION)
-        da_cc = tl.dot(x_low, tl.trans(new_cv), da_cc, input_precision=PRECISION)
+        dp_cc = tl.dot(do_cv, new_vc, dp_cc, input_precision=PRECISION)
+        da_cc = tl.dot(tl.trans(x_vc), new_vc, da_cc, input_precision=PRECISION)
+        x_cv = tl.trans(x_vc).to(tl.float32)
         dbeta_c += tl.sum(x_cv * v_cv.to(tl.float32), axis=1)
-        tl.store(dU + offsets_cv, x_low, mask=mask_cv)
         dv_cv = (x_cv * beta_c[:, None]).to(dv.dtype.element_ty)
         tl.store(dv + rows[:, None] * (HV * V) + in_v[None, :], dv_cv, mask=mask_cv)
+    low = dP.dtype.element_ty
+    square = here * C + rows[:, None] * C + rows[None, :]
+    c = tl.load(c_sum + here + rows)
     lower = (rows[:, None] >= rows[None, :]) & real[:, None]
     D = tl.exp(tl.where(lower, c[:, None] - c[None, :], float("-inf")).to(tl.float32))
     da_cc = tl.where(rows[:, None] > rows[None, :], da_cc * D, 0.0)
-    tl.store(dP + square, (dp_cc * D * scale).to(low), mask=real[:, None])
-    tl.store(inverse + square, da_cc.to(low), mask=real[:, None])
+    tl.store(dP + square, (dp_cc * D * scale).to(low))
+    tl.store(dA + square, da_cc.to(low))
     tl.store(dbeta + there + rows * HV, dbeta_c, mask=real)
 
 
@@ -387,9 +378,6 @@ def key_gradient_kernel(
     stride_do_b,
     stride_do_t,
     stride_do_h,
-    stride_beta_b,
-    stride_beta_t,
-    stride_beta_h,
     stride_part,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -401,6 +389,7 @@ def key_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """``dg, dbeta [NK, B, T, HV]``, ``stride_part`` apart: one part a tile of key columns."""
+    scale = tl.cast(scale, tl.float32)  # Inductor passes fp64
     NK: tl.constexpr = (K + BK - 1) // BK
     GROUP: tl.constexpr = HV // H
     program = tl.program_id(0)
@@ -413,72 +402,68 @@ def key_gradient_kernel(
     low = q.dtype.element_ty
     rows = tl.arange(0, C)
     real = rows < length
+    square = rows[:, None] * C + rows[None, :]
     in_k = tile * BK + tl.arange(0, BK)
     mask_k = in_k < K
     mask_ck = real[:, None] & mask_k[None, :]
     q += b * stride_q_b + begin * stride_q_t + h * stride_q_h
     k += b * stride_k_b + begin * stride_k_t + h * stride_k_h
-    offsets_q = rows[:, None] * stride_q_t + in_k[None, :]
-    offsets_k = rows[:, None] * stride_k_t + in_k[None, :]
+    q_ck = tl.load(q + rows[:, None] * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
+    k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
     dq_ck = tl.zeros([C, BK], dtype=tl.float32)
     dk_ck = tl.zeros([C, BK], dtype=tl.float32)
-    # q . dq and k . dk of the heads so far.
-    had_q = tl.zeros([C], dtype=tl.float32)
-    had_k = tl.zeros([C], dtype=tl.float32)
     for member in range(0, GROUP):
         hv = h * GROUP + member
-        here = (b * HV + hv) * T + begin
+        here = (chunk * HV + hv) * C
         written_at = written + here * V
         X_at = X + here * V
         states_at = states + (chunk * HV + hv) * K * V
         dstates_at = dstates + (chunk * HV + hv) * K * V
         do_at = do + b * stride_do_b + begin * stride_do_t + hv * stride_do_h
-        beta_at = beta + b * stride_beta_b + begin * stride_beta_t + hv * stride_beta_h
-        grown_c = tl.load(from_start + here + rows, mask=real, other=0.0)
-        decay_c = tl.load(to_end + here + rows, mask=real, other=0.0)
+        # Of this member; what multiplies a row is applied when the sum over the values is there.
+        toward_q = tl.zeros([C, BK], dtype=tl.float32)
+        toward_k = tl.zeros([C, BK], dtype=tl.float32)
         r_ck = tl.zeros([C, BK], dtype=tl.float32)
-        to_all = 0.0
+        to_all_v = tl.zeros([BV], dtype=tl.float32)
         for start in range(0, V, BV):
             in_v = start + tl.arange(0, BV)
-            mask_cv = real[:, None] & (in_v < V)[None, :]
-            mask_kv = mask_k[:, None] & (in_v < V)[None, :]
-            offsets_cv = rows[:, None] * V + in_v[None, :]
-            offsets_kv = in_k[:, None] * V + in_v[None, :]
+            mask_v = in_v < V
+            mask_cv = real[:, None] & mask_v[None, :]
+            mask_vk = mask_v[:, None] & mask_k[None, :]
+            offsets_vc = in_v[:, None] * C + rows[None, :]
+            offsets_vk = in_v[:, None] * K + in_k[None, :]
             do_cv = tl.load(do_at + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
-            x_cv = tl.load(X_at + offsets_cv, mask=mask_cv, other=0.0)
-            new_cv = tl.load(written_at + offsets_cv, mask=mask_cv, other=0.0)
-            s_kv = tl.load(states_at + offsets_kv, mask=mask_kv, other=0.0)
-            ds_kv = tl.load(dstates_at + offsets_kv, mask=mask_kv, other=0.0)
-            do_cv = (do_cv.to(tl.float32) * (grown_c * scale)[:, None]).to(low)
-            x_cv = (x_cv.to(tl.float32) * grown_c[:, None]).to(low)
-            new_cv = (new_cv.to(tl.float32) * decay_c[:, None]).to(low)
-            dq_ck = tl.dot(do_cv, tl.trans(s_kv), dq_ck, input_precision=PRECISION)
-            r_ck = tl.dot(x_cv, tl.trans(s_kv), r_ck, input_precision=PRECISION)
-            dk_ck = tl.dot(new_cv, tl.trans(ds_kv), dk_ck, input_precision=PRECISION)
-            to_all += tl.sum(tl.sum(s_kv.to(tl.float32) * ds_kv.to(tl.float32), axis=1), axis=0)
-        square = rows[:, None] * C + rows[None, :]
-        k_ck = tl.load(k + offsets_k, mask=mask_ck, other=0.0)
-        dp_cc = tl.load(dP + here * C + square, mask=real[:, None], other=0.0)
-        da_cc = tl.load(dA + here * C + square, mask=real[:, None], other=0.0)
-        beta_c = tl.load(beta_at + rows * stride_beta_t, mask=real, other=0.0).to(tl.float32)
-        ended = tl.sum(dk_ck * k_ck.to(tl.float32), axis=1) - had_k
-        r_ck = tl.dot(da_cc, k_ck, r_ck, input_precision=PRECISION)
-        dq_ck = tl.dot(dp_cc, k_ck, dq_ck, input_precision=PRECISION)
+            x_vc = tl.load(X_at + offsets_vc, mask=mask_v[:, None], other=0.0)
+            new_vc = tl.load(written_at + offsets_vc, mask=mask_v[:, None], other=0.0)
+            s_vk = tl.load(states_at + offsets_vk, mask=mask_vk, other=0.0)
+            ds_vk = tl.load(dstates_at + offsets_vk, mask=mask_vk, other=0.0)
+            toward_q = tl.dot(do_cv, s_vk, toward_q, input_precision=PRECISION)
+            r_ck = tl.dot(tl.trans(x_vc), s_vk, r_ck, input_precision=PRECISION)
+            toward_k = tl.dot(tl.trans(new_vc), ds_vk, toward_k, input_precision=PRECISION)
+            to_all_v += tl.sum(s_vk.to(tl.float32) * ds_vk.to(tl.float32), axis=1)
+        grown_c = tl.load(from_start + here + rows)
+        beta_c = tl.load(beta + here + rows)
+        whole = tl.load(from_start + here + C - 1)
+        dp_cc = tl.load(dP + here * C + square)
+        toward_q = tl.dot(dp_cc, k_ck, toward_q * (grown_c * scale)[:, None], input_precision=PRECISION)
+        as_query = tl.sum(toward_q * q_ck.to(tl.float32), axis=1)
+        dq_ck += toward_q
+        toward_k *= tl.load(to_end + here + rows)[:, None]
+        ended = tl.sum(toward_k * k_ck.to(tl.float32), axis=1)
+        toward_k = tl.dot(tl.trans(dp_cc), q_ck, toward_k, input_precision=PRECISION)
+        da_cc = tl.load(dA + here * C + square)
+        r_ck = tl.dot(da_cc, k_ck, r_ck * grown_c[:, None], input_precision=PRECISION)
         as_row = -tl.sum(r_ck * k_ck.to(tl.float32), axis=1)
-        da_cc = (da_cc.to(tl.float32) * -beta_c[:, None]).to(low)
-        dk_ck = tl.dot(tl.trans(da_cc), k_ck, dk_ck, input_precision=PRECISION)
-        q_ck = tl.load(q + offsets_q, mask=mask_ck, other=0.0)
-        dk_ck = tl.dot(tl.trans(dp_cc), q_ck, dk_ck, input_precision=PRECISION)
-        as_query = tl.sum(dq_ck * q_ck.to(tl.float32), axis=1) - had_q
-        as_column = tl.sum(dk_ck * k_ck.to(tl.float32), axis=1) - had_k
         dk_ck -= r_ck * beta_c[:, None]
-        had_q += as_query
-        had_k += as_column + as_row * beta_c
+        da_cc = (da_cc.to(tl.float32) * -beta_c[:, None]).to(low)
+        toward_k = tl.dot(tl.trans(da_cc), k_ck, toward_k, input_precision=PRECISION)
+        as_column = tl.sum(toward_k * k_ck.to(tl.float32), axis=1)
+        dk_ck += toward_k
 
         there = (b * T + begin) * HV + hv
         gates = tile * stride_part + there
         dc = tl.where(real, as_query + as_row * beta_c - as_column, 0.0)
-        to_all *= tl.load(from_start + here + length - 1)
+        to_all = tl.sum(to_all_v, axis=0) * whole
         # Every gate of the chunk reaches the state after it. One sum of a matrix: Triton 3.7 fails to compile, for
         # sm_100, a sum of the vector ``ended``.
         after = tl.sum(tl.where(rows[:, None] >= rows[None, :], dc[:, None], 0.0) + ended[:, None], axis=0)
@@ -492,54 +477,53 @@ def key_gradient_kernel(
     tl.store(dk + out, dk_ck.to(dk.dtype.element_ty), mask=mask_ck)
 
 
-def reverse_maps(
-    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, scale: float, table: ChunkTable, leave: Tensor
-) -> None:
+def reverse_maps(x: IntraChunk, do: Tensor, k: Tensor, table: ChunkTable, leave: Tensor) -> None:
     """Launches :func:`reverse_map_kernel`."""
-    T, H, K = q.shape[1:]
+    T, H, K = k.shape[1:]
     HV, V = do.shape[2:]
-    configuration = scan_configuration(q, K, V, table.segments * HV if isinstance(table.segments, int) else None)
+    configuration = scan_configuration(k, K, V, table.segments * HV if isinstance(table.segments, int) else None)
     launch(reverse_map_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
-        q=q, k=k, W=x.W, E=x.E, from_start=x.from_start, to_end=x.to_end, do=do, leave=leave, scale=scale, T=T,
-        **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k), **strides_of("do", do),
-        H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
+        k=k, grown_q=x.grown_q, inverse=x.inverse, P=x.P, beta=x.beta, from_start=x.from_start, to_end=x.to_end, do=do,
+        leave=leave, T=T, **table.segment_arguments(), **strides_of("k", k), **strides_of("do", do),
+        H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(k), **configuration,
     )  # fmt: skip
 
 
 def scan_both_ways(
-    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, scale: float, table: ChunkTable, *,
+    x: IntraChunk, do: Tensor, k: Tensor, v: Tensor, table: ChunkTable, *,
     before: Tensor | None, after: Tensor | None, leave: Tensor | None,
-    states: Tensor, written: Tensor, dstates: Tensor, dU: Tensor,
+    states: Tensor, written: Tensor, dstates: Tensor, X: Tensor,
 ) -> None:  # fmt: skip
-    """Launches :func:`both_ways_kernel`; ``before`` and ``after`` are those of each segment. ``dU`` may not be ``U``:
-    one way reads what the other would have written."""
-    T, H, K = q.shape[1:]
+    """Launches :func:`both_ways_kernel`; ``before`` and ``after`` are those of each segment."""
+    T, H, K = k.shape[1:]
     HV, V = do.shape[2:]
-    configuration = scan_configuration(q, K, V, 2 * table.segments * HV if isinstance(table.segments, int) else None)
+    configuration = scan_configuration(k, K, V, 2 * table.segments * HV if isinstance(table.segments, int) else None)
     launch(both_ways_kernel)[(2 * table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
-        q=q, k=k, do=do, W=x.W, U=x.U, E=x.E, from_start=x.from_start, to_end=x.to_end, before=before, after=after,
-        leave=leave, states=states, written=written, dstates=dstates, dU=dU, scale=scale, T=T,
-        **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k), **strides_of("do", do),
-        H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
+        k=k, v=v, do=do, grown_q=x.grown_q, transition=x.T, inverse=x.inverse, P=x.P, beta=x.beta,
+        from_start=x.from_start, to_end=x.to_end, before=before, after=after, leave=leave, states=states,
+        written=written, dstates=dstates, X=X, T=T, **table.segment_arguments(),
+        **strides_of("k", k), **strides_of("v", v), **strides_of("do", do),
+        H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(k), **configuration,
     )  # fmt: skip
 
 
 def value_gradient_configuration(x: Tensor, V: int) -> dict[str, int]:
-    """Measured on an H100 (16/32 heads, 8192 tokens, bf16): the whole backward takes 1.41 ms with 32 columns, 1.33 ms
-    with 64; three stages or eight warps gain less."""
-    widest, warps = (64 if chip_of(x).shared_memory > 200_000 else 32, 4) if x.element_size() == 2 else (32, 8)
-    return {"BV": max(16, min(widest, triton.next_power_of_2(V))), "num_warps": warps, "num_stages": 2}
+    """Measured on an H100 (16/32 heads, 8192 tokens, bf16), by BV, warps, stages: .135 ms with 128, 8, 2; .149 with 64,
+    4, 2; .158 with 64, 4, 3; .162 with 32, 4, 3; .193 with 64, 8, 2."""
+    low, large = x.element_size() == 2, chip_of(x).large
+    BV = max(16, min((128 if large else 32) if low else 32, triton.next_power_of_2(V)))
+    return {"BV": BV, "num_warps": 4 if low and BV <= 64 else 8, "num_stages": 2}
 
 
 def key_gradient_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
-    """Three accumulators ``[C, BK]``: 64 columns leave registers for two blocks a multiprocessor.
+    """Five accumulators ``[C, BK]``: 64 columns leave registers for two blocks a multiprocessor.
 
-    Measured on an H100 (16/32 heads, 8192 tokens, bf16), by BK, BV, warps: .434 ms with 64, 64, 4; .489 with 64, 32,
-    4; .569 with 128, 32, 8; .753 with 64, 32, 8. Products of fp32 operands keep them in registers besides: 32 columns
-    by eight warps spill .5 KB a thread, 64 by four 31 KB; and where there is no warpgroup product (sm_80), 64 columns
-    of values spill 21 KB.
+    Measured on an H100 (16/32 heads, 8192 tokens, bf16), by BK, BV, warps, stages: .447 ms with 64, 64, 4, 2; .480 with
+    32, 64, 4, 3; .519 with 64, 32, 4, 3; .561 with 64, 64, 4, 3; .577 with 64, 128, 4, 2; .610 with 128, 64, 8, 2.
+    Products of fp32 operands keep them in registers besides: 32 columns by eight warps spill .5 KB a thread, 64 by four
+    31 KB; and where there is no warpgroup product (sm_80), 64 columns of values spill 21 KB.
     """
-    wide = 64 if chip_of(x).shared_memory > 200_000 else 32
+    wide = 64 if chip_of(x).large else 32
     BK, BV, warps = (64, wide, 4) if x.element_size() == 2 else (32, 32, 8)
     BK, BV = (max(16, min(widest, triton.next_power_of_2(width))) for widest, width in ((BK, K), (BV, V)))
     return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 2}
@@ -584,31 +568,33 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
             dS.zero_() if dfinal_state is None else dS.copy_(dfinal_state)
         return *(torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v, g, beta)), dS
     table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2))
-    x = intra_chunk(q, k, v, g, beta, table, scale, do)
+    x = intra_chunk(q, k, g, beta, table, scale, backward=True)
     leave = None if initial_state is None else dS
     before, after = initial_state, dfinal_state
     if table.segment is not None:
         forth = maps(x, k, v, table, last=True)
         before = combine(forth, initial_state, None, q, T, table, reverse=False)
         back = Maps(forth.M, forth.B)  # B has been used: its memory takes that of the way back
-        reverse_maps(x, do, q, k, scale, table, leave=back.B)
+        reverse_maps(x, do, k, table, leave=back.B)
         after = combine(back, dfinal_state, leave, q, T, table, reverse=True)
-    states = torch.empty((table.chunks, HV, K, V), dtype=q.dtype, device=device)
-    dstates, written, dU = torch.empty_like(states), torch.empty_like(x.U), torch.empty_like(x.U)
+    states = torch.empty((table.chunks, HV, V, K), dtype=q.dtype, device=device)
+    written = torch.empty((table.chunks, HV, V, CHUNK), dtype=q.dtype, device=device)
+    dstates, X = torch.empty_like(states), torch.empty_like(written)
     scan_both_ways(
-        x, do, q, k, scale, table, before=before, after=after, leave=leave, states=states, written=written,
-        dstates=dstates, dU=dU,
+        x, do, k, v, table, before=before, after=after, leave=leave, states=states, written=written, dstates=dstates,
+        X=X,
     )  # fmt: skip
-    dP, dbeta_of_value = torch.empty_like(x.inverse), torch.empty((B, T, HV), dtype=torch.float32, device=device)
+    # The inverse and P have been used: their memory takes dA and dP.
+    dP, dA, dbeta_of_value = x.P, x.inverse, torch.empty((B, T, HV), dtype=torch.float32, device=device)
     shape = {"scale": scale, "T": T, "HV": HV, "V": V, "C": CHUNK, "PRECISION": precision_of(q), **table.arguments()}
-    shape |= {**strides_of("do", do), **strides_of("beta", beta)}
+    shape |= strides_of("do", do)
     launch(value_gradient_kernel)[(table.chunks * HV,)](
-        v=v, do=do, beta=beta, c_sum=x.c_sum, inverse=x.inverse, written=written, dU=dU, dP=dP, dv=dv,
-        dbeta=dbeta_of_value, **strides_of("v", v), **value_gradient_configuration(q, V), **shape,
+        v=v, do=do, c_sum=x.c_sum, beta=x.beta, written=written, X=X, dP=dP, dA=dA, dv=dv, dbeta=dbeta_of_value,
+        **strides_of("v", v), **value_gradient_configuration(q, V), **shape,
     )  # fmt: skip
     launch(key_gradient_kernel)[(table.chunks * H * tiles,)](
-        q=q, k=k, do=do, beta=beta, from_start=x.from_start, to_end=x.to_end, written=written, X=dU, dP=dP,
-        dA=x.inverse, states=states, dstates=dstates, dbeta_of_value=dbeta_of_value, dq=dq, dk=dk, dg=dg, dbeta=dbeta,
+        q=q, k=k, do=do, beta=x.beta, from_start=x.from_start, to_end=x.to_end, written=written, X=X, dP=dP, dA=dA,
+        states=states, dstates=dstates, dbeta_of_value=dbeta_of_value, dq=dq, dk=dk, dg=dg, dbeta=dbeta,
         stride_part=B * T * HV, **strides_of("q", q), **strides_of("k", k), H=H, K=K, **configuration, **shape,
     )  # fmt: skip
     dg, dbeta = (part[0] if tiles == 1 else part.sum(0).to(x.dtype) for part, x in ((dg, g), (dbeta, beta)))

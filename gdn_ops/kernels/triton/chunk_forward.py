@@ -1,13 +1,20 @@
 """The chunkwise gated delta rule on the GPU, forward: ``intra_chunk`` for all chunks at once, then one scan.
 
-**scan_kernel**. One program owns a (sequence, value head, tile of ``BV`` value columns) and carries its ``[K, BV]``
-tile of the state in fp32 registers from chunk to chunk (the columns of the state never meet)::
+**scan_kernel**. One program owns a (sequence, value head, tile of ``BV`` value columns) and carries its tile of the
+state in fp32 registers from chunk to chunk (the columns of the state never meet). Everything is transposed, values
+first::
 
-    V' = U - W S          O = (scale * exp(c) * Q) S + P V'          S <- exp(c_C) S + K^T (exp(c_C - c) * V')
+    V'^T = V^T T^T - (exp(c) * (S^T K^T)) T^T     O^T = scale * exp(c) * (S^T Q^T) + V'^T P^T
+    S^T <- exp(c_C) S^T + (exp(c_C - c) * V'^T) K
 
-Four products a chunk, of which only ``W S -> V' -> K^T V'`` is a chain; the loads of the next chunks are in flight
-meanwhile. The backward runs the same scan with ``states`` and ``written`` (the state before each chunk, and V') in
-place of ``o``. With few heads a program owns a segment of the sequence instead (``segments.py``).
+because then the left operand of a product in the chain ``S^T K^T -> V'^T -> S^T`` is what the product before it left in
+registers, scaled, and every other operand a tile as it was loaded: nothing on the way passes shared memory. The loads
+of the next chunks are in flight meanwhile. The backward runs the same scan with ``states`` and
+``written`` (the state before each chunk, and V') in place of ``o``. With few heads a program owns a segment of the
+sequence instead (``segments.py``).
+
+The textbook's ``W = T (exp(c) * K)`` and ``U = T V`` make a chain of two products, but cost a kernel that writes as
+much as q, k, v and o together, and a scan that reads it: docs/kernels.md has both measured.
 
 Heads narrower than a tensor core's tile (16) are computed in fp32, and 16-bit features are padded to multiples of 16,
 which keeps every row on a 16-byte boundary. A single token is the recurrent kernel's, unless its bits must be those
@@ -48,8 +55,8 @@ def scan_segment(
     program,
     q,
     k,
-    W,
-    U,
+    v,
+    transition,
     P,
     from_start,
     to_end,
@@ -71,6 +78,9 @@ def scan_segment(
     stride_k_b,
     stride_k_t,
     stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -90,6 +100,7 @@ def scan_segment(
         segment, T, N, SEGMENT, cu_seqlens, chunk_offsets, segment_offsets, C
     )
     rows = tl.arange(0, C)
+    square = rows[:, None] * C + rows[None, :]
     in_v = program % NV * BV + tl.arange(0, BV)
     mask_v = in_v < V
     if o is not None:
@@ -100,78 +111,82 @@ def scan_segment(
     h = hv // (HV // H)
     in_k = tl.arange(0, BK)
     mask_k = in_k < K
-    mask_kv = mask_k[:, None] & mask_v[None, :]
-    state_offsets = in_k[:, None] * V + in_v[None, :]
+    mask_vk = mask_v[:, None] & mask_k[None, :]
+    state_offsets = in_v[:, None] + in_k[None, :] * V
 
     q += b * stride_q_b + begin * stride_q_t + h * stride_q_h
     k += b * stride_k_b + begin * stride_k_t + h * stride_k_h
-    here = (b * HV + hv) * T + begin
-    W += here * K
-    U += here * V
-    from_start += here
-    to_end += here
+    v += b * stride_v_b + begin * stride_v_t + hv * stride_v_h
+    here = first_chunk * HV + hv
+    transition += here * C * C
+    from_start += here * C
+    to_end += here * C
     if o is not None:
-        P += here * C
+        scale = tl.cast(scale, tl.float32)  # Inductor passes fp64
+        P += here * C * C
         o += ((b * T + begin) * HV + hv) * V
     else:
-        states += (first_chunk * HV + hv) * K * V
-        written += here * V
+        states += here * K * V
+        written += here * C * V
 
     if initial_state is None:
-        S_kv = tl.zeros([BK, BV], dtype=tl.float32)
+        S_vk = tl.zeros([BV, BK], dtype=tl.float32)
     else:
         initial_state += (segment * HV + hv) * K * V
-        S_kv = tl.load(initial_state + state_offsets, mask=mask_kv & exists, other=0.0).to(tl.float32)
+        S_vk = tl.load(initial_state + state_offsets, mask=mask_vk & exists, other=0.0).to(tl.float32)
     length = tl.where(exists, end - begin, 0).to(tl.int32)
+    # The decay of a whole chunk is loaded a chunk ahead: its product would wait for it.
+    whole = tl.load(from_start + C - 1, mask=length > 0, other=1.0)
     for start in range(0, length, C):
+        next_whole = tl.load(from_start + HV * C + C - 1, mask=start + C < length, other=1.0)
         real = rows < length - start
         mask_ck = real[:, None] & mask_k[None, :]
         mask_cv = real[:, None] & mask_v[None, :]
-        left = tl.minimum(length - start, C) - 1
-        w_ck = tl.load(W + rows[:, None] * K + in_k[None, :], mask=mask_ck, other=0.0)
         k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
-        decay_c = tl.load(to_end + rows, mask=real, other=0.0)
-        whole = tl.load(from_start + left)
-        S_low = S_kv.to(w_ck.dtype)
-        stored_cv = tl.dot(w_ck, S_low, input_precision=PRECISION)
-        # After the product: Triton 3.6 drops the barrier between the operands' proxy fence and a wgmma when a layout
-        # change (which has a barrier of its own) stands between them, and the product reads stale shared memory.
-        u_cv = tl.load(U + rows[:, None] * V + in_v[None, :], mask=mask_cv, other=0.0)
-        new_cv = u_cv.to(tl.float32) - stored_cv
+        v_cv = tl.load(v + rows[:, None] * stride_v_t + in_v[None, :], mask=mask_cv, other=0.0)
+        t_cc = tl.load(transition + square)
+        grown_c = tl.load(from_start + rows)
+        decay_c = tl.load(to_end + rows)
+        S_low = S_vk.to(k_ck.dtype)
+        u_vc = tl.dot(tl.trans(v_cv), tl.trans(t_cc), input_precision=PRECISION)
+        stored_vc = tl.dot(S_low, tl.trans(k_ck), input_precision=PRECISION)
+        erased_vc = (stored_vc * -grown_c[None, :]).to(k_ck.dtype)
+        new_vc = tl.dot(erased_vc, tl.trans(t_cc), u_vc, input_precision=PRECISION)
         if o is not None:
             q_ck = tl.load(q + rows[:, None] * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
-            p_cc = tl.load(P + rows[:, None] * C + rows[None, :], mask=real[:, None], other=0.0)
-            grown_c = tl.load(from_start + rows, mask=real, other=0.0) * scale
-            o_cv = tl.dot(q_ck, S_low, input_precision=PRECISION) * grown_c[:, None]
-            o_cv = tl.dot(p_cc, new_cv.to(p_cc.dtype), o_cv, input_precision=PRECISION)
-            o_offsets = rows[:, None] * (HV * V) + in_v[None, :]
-            tl.store(o + o_offsets, o_cv.to(o.dtype.element_ty), mask=mask_cv)
+            p_cc = tl.load(P + square)
+            o_vc = tl.dot(S_low, tl.trans(q_ck), input_precision=PRECISION) * (grown_c * scale)[None, :]
+            o_vc = tl.dot(new_vc.to(p_cc.dtype), tl.trans(p_cc), o_vc, input_precision=PRECISION)
+            o_cv = tl.trans(o_vc).to(o.dtype.element_ty)
+            tl.store(o + rows[:, None] * (HV * V) + in_v[None, :], o_cv, mask=mask_cv)
             o += C * HV * V
-            P += C * C
+            P += HV * C * C
         else:
-            tl.store(states + state_offsets, S_low, mask=mask_kv)
-            tl.store(written + rows[:, None] * V + in_v[None, :], new_cv.to(written.dtype.element_ty), mask=mask_cv)
+            tl.store(states + in_v[:, None] * K + in_k[None, :], S_low, mask=mask_vk)
+            new_low = new_vc.to(written.dtype.element_ty)
+            tl.store(written + in_v[:, None] * C + rows[None, :], new_low, mask=mask_v[:, None])
             states += HV * K * V
-            written += C * V
-        decayed_cv = (new_cv * decay_c[:, None]).to(k_ck.dtype)
-        S_kv = tl.dot(tl.trans(k_ck), decayed_cv, S_kv * whole, input_precision=PRECISION)
+            written += HV * C * V
+        decayed_vc = (new_vc * decay_c[None, :]).to(k_ck.dtype)
+        S_vk = tl.dot(decayed_vc, k_ck, S_vk * whole, input_precision=PRECISION)
+        whole = next_whole
         q += C * stride_q_t
         k += C * stride_k_t
-        W += C * K
-        U += C * V
-        from_start += C
-        to_end += C
+        v += C * stride_v_t
+        transition += HV * C * C
+        from_start += HV * C
+        to_end += HV * C
     if final_state is not None:
         if last & exists:
-            tl.store(final_state + (n * HV + hv) * K * V + state_offsets, S_kv, mask=mask_kv)
+            tl.store(final_state + (n * HV + hv) * K * V + state_offsets, S_vk, mask=mask_vk)
 
 
 @triton.jit
 def scan_kernel(
     q,
     k,
-    W,
-    U,
+    v,
+    transition,
     P,
     from_start,
     to_end,
@@ -191,6 +206,9 @@ def scan_kernel(
     stride_k_b,
     stride_k_t,
     stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -201,30 +219,37 @@ def scan_kernel(
     PRECISION: tl.constexpr,
 ):
     scan_segment(
-        tl.program_id(0), q, k, W, U, P, from_start, to_end, o, initial_state, final_state, None, None, cu_seqlens,
-        chunk_offsets, segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b,
-        stride_k_t, stride_k_h, H, HV, K, V, BK, BV, C, PRECISION,
+        tl.program_id(0), q, k, v, transition, P, from_start, to_end, o, initial_state, final_state, None, None,
+        cu_seqlens, chunk_offsets, segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h,
+        stride_k_b, stride_k_t, stride_k_h, stride_v_b, stride_v_t, stride_v_h, H, HV, K, V, BK, BV, C, PRECISION,
     )  # fmt: skip
 
 
 def scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> dict[str, int]:
     """Tile and launch parameters of a scan over ``x``'s dtype on its device.
 
-    ``heads`` is the number of (segment, value head) pairs, None when it is symbolic. Measured on an H200
-    (``K = V = 128``, bf16): ``BV=32``, four warps, three stages while every program has a multiprocessor of its own;
-    with more than that, ``BV=64`` reads W, Q, K and P fewer times. With one stage, Triton 3.6's code for 16-bit
-    operands is *wrong* on Hopper, so wide keys get narrow tiles that leave room for two. fp32 operands are multiplied
-    in registers, which takes eight warps.
+    ``heads`` is the number of (segment, value head) pairs, None when it is symbolic. On large chips 64 value columns
+    are one warpgroup's product, 128 two warpgroups' that share what they load. Measured on an H100 (``K = V = 128``,
+    bf16, 8192 tokens): 32 heads, .33 ms by 64 columns and .41 by 128; 128 heads, .70 and .45. A state of 256 keys by 64
+    columns spills 2.5 KB a thread, by 32 columns nothing; and so it is with 128 keys on other chips. With one stage,
+    Triton 3.6's code for 16-bit operands is *wrong* on Hopper. fp32 operands are multiplied in registers, which takes
+    narrow tiles.
     """
     size, chip = x.element_size(), chip_of(x)
-    BK = max(16, triton.next_power_of_2(K))
-    BV = 32 if size == 2 and BK <= 128 else 16
-    if BV == 32 and heads is not None and heads * triton.cdiv(V, 32) > chip.multiprocessors:
-        BV = 64
-    BV = max(16, min(BV, triton.next_power_of_2(V)))
-    stage = CHUNK * (3 * BK + CHUNK + BV) * size
-    stages = max(1, min(3, (chip.shared_memory - BK * BV * size) // stage))
-    return {"BK": BK, "BV": BV, "num_warps": 4 if size == 2 else 8, "num_stages": stages}
+    BK, widest = max(16, triton.next_power_of_2(K)), triton.next_power_of_2(V)
+    if size == 4:
+        BV, warps = 16, 8
+    elif BK > 128:
+        BV, warps = (32, 8) if chip.large else (16, 4)
+    elif not chip.large:
+        BV, warps = 32, 4
+    elif widest >= 128 and (heads is None or heads * triton.cdiv(V, 64) > chip.multiprocessors):
+        BV, warps = 128, 8
+    else:
+        BV, warps = 64, 4
+    BV = max(16, min(BV, widest))
+    stages = max(1, min(3, chip.shared_memory // (CHUNK * (2 * BK + 2 * CHUNK + BV) * size)))
+    return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": stages}
 
 
 def scan(
@@ -237,9 +262,9 @@ def scan(
     heads = table.segments * HV if isinstance(table.segments, int) else None
     configuration = scan_configuration(q, K, V, heads)
     launch(scan_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
-        q=q, k=k, W=x.W, U=x.U, P=x.P, from_start=x.from_start, to_end=x.to_end, o=o,
+        q=q, k=k, v=v, transition=x.T, P=x.P, from_start=x.from_start, to_end=x.to_end, o=o,
         initial_state=initial_state, final_state=final_state, scale=scale, T=T,
-        **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k),
+        **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
         H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
     )  # fmt: skip
 
@@ -311,7 +336,7 @@ def chunk_forward(
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
     else:
         table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens))
-        x = intra_chunk(q, k, v, g, beta, table, scale)
+        x = intra_chunk(q, k, g, beta, table, scale)
         final = final_state if output_final_state else None
         if table.segment is not None:
             initial_state = combine(maps(x, k, v, table, last=False), initial_state, final, q, T, table, reverse=False)

@@ -1,21 +1,22 @@
-"""Everything of a chunk that does not need the state, on the GPU; the first two kernels of forward and backward.
+"""Everything of a chunk that needs neither the values nor the state, on the GPU: the start of forward and backward.
 
 With ``c = cumsum(g)`` inside a chunk of ``C = 64`` tokens and ``D_ij = exp(c_i - c_j)`` for ``i >= j`` (else 0)::
 
-    A = strict_lower(diag(beta) (K K^T) * D)        inverse = (I + A)^-1
-    U = inverse (beta * V)     W = inverse (beta * exp(c) * K)     P = scale * (Q K^T) * D
+    A = strict_lower(diag(beta) (K K^T) * D)        inverse = (I + A)^-1        P = scale * (Q K^T) * D
 
 **invert_kernel**, one warp a (chunk, value head). The chunk is four blocks of 16 tokens: the ten lower blocks of ``A``
 are computed one by one, so that none has to be cut out of a larger tile. The four on the diagonal are inverted by
 forward substitution in fp32, the others by block substitution (``I_20 = -I_22 (A_20 I_00 + A_21 I_10)`` and so on),
-with products of fp32 accuracy: repeated keys make ``A`` anything but small. Also written: ``c`` (fp64: a strong gate
-must not cost the digits of the weak ones after it), ``from_start = exp(c)`` and ``to_end = exp(c_C - c)``.
+with products of fp32 accuracy: repeated keys make ``A`` anything but small. Also written:
+``c`` (fp64: a strong gate must not cost the digits of the weak ones after it), ``from_start = exp(c)``,
+``to_end = exp(c_C - c)`` and ``beta``; and ``T = inverse diag(beta)`` in place of the inverse, or beside it.
 
-**wup_kernel**, two warps a (chunk, value head): the three products, tile by tile. The backward asks for ``E = P^T dO``
-in place of ``P``, which it has no other use for.
+**score_kernel**, one program a (chunk, key head): the product of queries and keys once, ``P`` for every value head; for
+the backward ``scale * exp(c) * Q`` too.
 
-Buffers between kernels are ``[B, HV, T, ...]``, contiguous and indexed by token, so packed sequences need no table of
-their own.
+Buffers between kernels are ``[chunks, HV, C, ...]``. Where a chunk ends early their rows hold what a token would leave
+that writes nothing and does not decay: no key, no beta, and the last ``c``. So whoever reads them needs no mask, finds
+every row on a 16-byte boundary, and the decay of the whole chunk in the last place.
 
 Sources: the chunk form, arXiv 2412.06464, section 3.3; the blockwise inverse, flash-linear-attention's ``solve_tril``.
 """
@@ -63,18 +64,19 @@ def _invert_16(A):
 
 
 @triton.jit
-def _store_16(inverse, block, i: tl.constexpr, j: tl.constexpr, length, C: tl.constexpr):
-    rows = i * 16 + tl.arange(0, 16)
-    columns = j * 16 + tl.arange(0, 16)
-    block = block.to(inverse.dtype.element_ty)
-    tl.store(inverse + rows[:, None] * C + columns[None, :], block, mask=(rows < length)[:, None])
+def _store_16(inverse, scaled, block, beta, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
+    at = (i * 16 + tl.arange(0, 16))[:, None] * C + (j * 16 + tl.arange(0, 16))[None, :]
+    tl.store(scaled + at, (block * beta[None, :]).to(scaled.dtype.element_ty))
+    if inverse is not None:
+        tl.store(inverse + at, block.to(inverse.dtype.element_ty))
 
 
 @triton.jit
-def _store_decay(c_sum, from_start, to_end, c, total, rows, length):
-    tl.store(c_sum + rows, c, mask=rows < length)
-    tl.store(from_start + rows, tl.exp(c.to(tl.float32)), mask=rows < length)
-    tl.store(to_end + rows, tl.exp((total - c).to(tl.float32)), mask=rows < length)
+def _store_gates(c_sum, from_start, to_end, rate, c, total, beta, rows):
+    tl.store(c_sum + rows, c)
+    tl.store(rate + rows, beta)
+    tl.store(from_start + rows, tl.exp(c.to(tl.float32)))
+    tl.store(to_end + rows, tl.exp((total - c).to(tl.float32)))
 
 
 @triton.jit
@@ -85,6 +87,8 @@ def invert_kernel(
     c_sum,
     from_start,
     to_end,
+    rate,
+    scaled,
     inverse,
     cu_seqlens,
     chunk_offsets,
@@ -106,6 +110,7 @@ def invert_kernel(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """``inverse`` None: only ``scaled``, which is ``T``."""
     program = tl.program_id(0)
     hv = (program % HV).to(tl.int64)
     b, begin, length = chunk_of(program // HV, T, N, cu_seqlens, chunk_offsets, C)
@@ -114,11 +119,14 @@ def invert_kernel(
     k += b * stride_k_b + begin * stride_k_t + hv // (HV // H) * stride_k_h
     g += b * stride_g_b + begin * stride_g_t + hv * stride_g_h
     beta += b * stride_beta_b + begin * stride_beta_t + hv * stride_beta_h
-    here = (b * HV + hv) * T + begin
+    here = program.to(tl.int64) * C
     c_sum += here
     from_start += here
     to_end += here
-    inverse += here * C
+    rate += here
+    scaled += here * C
+    if inverse is not None:
+        inverse += here * C
 
     r0 = tl.arange(0, 16)
     r1 = 16 + r0
@@ -140,14 +148,14 @@ def invert_kernel(
     c1 = tl.cumsum(g1, axis=0) + end0
     c2 = tl.cumsum(g2, axis=0) + end1
     c3 = tl.cumsum(g3, axis=0) + end2
-    _store_decay(c_sum, from_start, to_end, c0, total, r0, length)
-    _store_decay(c_sum, from_start, to_end, c1, total, r1, length)
-    _store_decay(c_sum, from_start, to_end, c2, total, r2, length)
-    _store_decay(c_sum, from_start, to_end, c3, total, r3, length)
     beta0 = tl.load(beta + r0 * stride_beta_t, mask=r0 < length, other=0.0).to(tl.float32)
     beta1 = tl.load(beta + r1 * stride_beta_t, mask=r1 < length, other=0.0).to(tl.float32)
     beta2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32)
     beta3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32)
+    _store_gates(c_sum, from_start, to_end, rate, c0, total, beta0, r0)
+    _store_gates(c_sum, from_start, to_end, rate, c1, total, beta1, r1)
+    _store_gates(c_sum, from_start, to_end, rate, c2, total, beta2, r2)
+    _store_gates(c_sum, from_start, to_end, rate, c3, total, beta3, r3)
 
     kk00 = tl.zeros([16, 16], dtype=tl.float32)
     kk10 = tl.zeros([16, 16], dtype=tl.float32)
@@ -204,38 +212,37 @@ def invert_kernel(
     x = tl.dot(a32, i20, x, input_precision=PRECISION)
     i30 = -tl.dot(i33, x, input_precision=PRECISION)
 
+    # Loaded again, which is cheaper than to hold them until here.
+    beta0 = tl.load(beta + r0 * stride_beta_t, mask=r0 < length, other=0.0).to(tl.float32)
+    beta1 = tl.load(beta + r1 * stride_beta_t, mask=r1 < length, other=0.0).to(tl.float32)
+    beta2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32)
+    beta3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32)
     zero = tl.zeros([16, 16], dtype=tl.float32)
-    _store_16(inverse, i00, 0, 0, length, C)
-    _store_16(inverse, zero, 0, 1, length, C)
-    _store_16(inverse, zero, 0, 2, length, C)
-    _store_16(inverse, zero, 0, 3, length, C)
-    _store_16(inverse, i10, 1, 0, length, C)
-    _store_16(inverse, i11, 1, 1, length, C)
-    _store_16(inverse, zero, 1, 2, length, C)
-    _store_16(inverse, zero, 1, 3, length, C)
-    _store_16(inverse, i20, 2, 0, length, C)
-    _store_16(inverse, i21, 2, 1, length, C)
-    _store_16(inverse, i22, 2, 2, length, C)
-    _store_16(inverse, zero, 2, 3, length, C)
-    _store_16(inverse, i30, 3, 0, length, C)
-    _store_16(inverse, i31, 3, 1, length, C)
-    _store_16(inverse, i32, 3, 2, length, C)
-    _store_16(inverse, i33, 3, 3, length, C)
+    _store_16(inverse, scaled, i00, beta0, 0, 0, C)
+    _store_16(inverse, scaled, zero, beta1, 0, 1, C)
+    _store_16(inverse, scaled, zero, beta2, 0, 2, C)
+    _store_16(inverse, scaled, zero, beta3, 0, 3, C)
+    _store_16(inverse, scaled, i10, beta0, 1, 0, C)
+    _store_16(inverse, scaled, i11, beta1, 1, 1, C)
+    _store_16(inverse, scaled, zero, beta2, 1, 2, C)
+    _store_16(inverse, scaled, zero, beta3, 1, 3, C)
+    _store_16(inverse, scaled, i20, beta0, 2, 0, C)
+    _store_16(inverse, scaled, i21, beta1, 2, 1, C)
+    _store_16(inverse, scaled, i22, beta2, 2, 2, C)
+    _store_16(inverse, scaled, zero, beta3, 2, 3, C)
+    _store_16(inverse, scaled, i30, beta0, 3, 0, C)
+    _store_16(inverse, scaled, i31, beta1, 3, 1, C)
+    _store_16(inverse, scaled, i32, beta2, 3, 2, C)
+    _store_16(inverse, scaled, i33, beta3, 3, 3, C)
 
 
 @triton.jit
-def wup_kernel(
+def score_kernel(
     q,
     k,
-    v,
-    do,
-    beta,
     c_sum,
-    inverse,
-    W,
-    U,
     P,
-    E,
+    grown,
     cu_seqlens,
     chunk_offsets,
     scale,
@@ -247,97 +254,72 @@ def wup_kernel(
     stride_k_b,
     stride_k_t,
     stride_k_h,
-    stride_v_b,
-    stride_v_t,
-    stride_v_h,
-    stride_do_b,
-    stride_do_t,
-    stride_do_h,
-    stride_beta_b,
-    stride_beta_t,
-    stride_beta_h,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
-    V: tl.constexpr,
     BK: tl.constexpr,
-    BV: tl.constexpr,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``do`` None: writes ``P``; else ``E``."""
+    """``grown`` None: only ``P``."""
+    GROUP: tl.constexpr = HV // H
+    scale = tl.cast(scale, tl.float32)  # Inductor passes fp64
     program = tl.program_id(0)
-    hv = (program % HV).to(tl.int64)
-    b, begin, length = chunk_of(program // HV, T, N, cu_seqlens, chunk_offsets, C)
+    h = (program % H).to(tl.int64)
+    chunk = (program // H).to(tl.int64)
+    b, begin, length = chunk_of(chunk, T, N, cu_seqlens, chunk_offsets, C)
     if length == 0:
         return
-    h = hv // (HV // H)
     q += b * stride_q_b + begin * stride_q_t + h * stride_q_h
     k += b * stride_k_b + begin * stride_k_t + h * stride_k_h
-    v += b * stride_v_b + begin * stride_v_t + hv * stride_v_h
-    beta += b * stride_beta_b + begin * stride_beta_t + hv * stride_beta_h
-    here = (b * HV + hv) * T + begin
     rows = tl.arange(0, C)
     real = rows < length
-    c = tl.load(c_sum + here + rows, mask=real, other=0.0)
-    beta_c = tl.load(beta + rows * stride_beta_t, mask=real, other=0.0).to(tl.float32)
-    inverse_cc = tl.load(inverse + here * C + rows[:, None] * C + rows[None, :], mask=real[:, None], other=0.0)
-
+    lower = (rows[:, None] >= rows[None, :]) & real[:, None]
     qk = tl.zeros([C, C], dtype=tl.float32)
-    factor = beta_c * tl.exp(c.to(tl.float32))
     for start in range(0, K, BK):
         columns = start + tl.arange(0, BK)
         mask = real[:, None] & (columns < K)[None, :]
         q_ck = tl.load(q + rows[:, None] * stride_q_t + columns[None, :], mask=mask, other=0.0)
         k_ck = tl.load(k + rows[:, None] * stride_k_t + columns[None, :], mask=mask, other=0.0)
         qk = tl.dot(q_ck, tl.trans(k_ck), qk, input_precision=PRECISION)
-        k_ck = (k_ck.to(tl.float32) * factor[:, None]).to(W.dtype.element_ty)
-        w_ck = tl.dot(inverse_cc, k_ck, input_precision=PRECISION)
-        tl.store(W + here * K + rows[:, None] * K + columns[None, :], w_ck.to(W.dtype.element_ty), mask=mask)
-    lower = (rows[:, None] >= rows[None, :]) & real[:, None]
-    D = tl.exp(tl.where(lower, c[:, None] - c[None, :], float("-inf")).to(tl.float32))
-    p_cc = tl.where(lower, qk * D * scale, 0.0).to(W.dtype.element_ty)
-    if do is None:
-        tl.store(P + here * C + rows[:, None] * C + rows[None, :], p_cc, mask=real[:, None])
-    else:
-        do += b * stride_do_b + begin * stride_do_t + hv * stride_do_h
-
-    for start in range(0, V, BV):
-        columns = start + tl.arange(0, BV)
-        mask = real[:, None] & (columns < V)[None, :]
-        out = here * V + rows[:, None] * V + columns[None, :]
-        v_cv = tl.load(v + rows[:, None] * stride_v_t + columns[None, :], mask=mask, other=0.0)
-        v_cv = (v_cv.to(tl.float32) * beta_c[:, None]).to(U.dtype.element_ty)
-        u_cv = tl.dot(inverse_cc, v_cv, input_precision=PRECISION)
-        tl.store(U + out, u_cv.to(U.dtype.element_ty), mask=mask)
-        if do is not None:
-            do_cv = tl.load(do + rows[:, None] * stride_do_t + columns[None, :], mask=mask, other=0.0)
-            e_cv = tl.dot(tl.trans(p_cc), do_cv, input_precision=PRECISION)
-            tl.store(E + out, e_cv.to(E.dtype.element_ty), mask=mask)
+        if grown is not None:
+            for member in range(0, GROUP):
+                here = (chunk * HV + h * GROUP + member) * C
+                factor_c = tl.exp(tl.load(c_sum + here + rows).to(tl.float32)) * scale
+                grown_ck = (q_ck.to(tl.float32) * factor_c[:, None]).to(grown.dtype.element_ty)
+                at = here * K + rows[:, None] * K + columns[None, :]
+                tl.store(grown + at, grown_ck, mask=(columns < K)[None, :])
+    for member in range(0, GROUP):
+        here = (chunk * HV + h * GROUP + member) * C
+        c = tl.load(c_sum + here + rows)
+        D = tl.exp(tl.where(lower, c[:, None] - c[None, :], float("-inf")).to(tl.float32))
+        p_cc = tl.where(lower, qk * D * scale, 0.0).to(P.dtype.element_ty)
+        tl.store(P + here * C + rows[:, None] * C + rows[None, :], p_cc)
 
 
 class IntraChunk(NamedTuple):
-    """``[B, HV, T, ...]`` buffers of one call: ``P`` in the forward, ``E`` in the backward."""
+    """``[chunks, HV, C]`` (``c_sum`` in fp64, the others in fp32); in the dtype of q ``[chunks, HV, C, C]`` and, for
+    the backward, the inverse and ``grown_q [chunks, HV, C, K]``."""
 
     c_sum: Tensor
     from_start: Tensor
     to_end: Tensor
-    inverse: Tensor
-    W: Tensor
-    U: Tensor
-    P: Tensor | None
-    E: Tensor | None
+    beta: Tensor
+    T: Tensor
+    P: Tensor
+    inverse: Tensor | None
+    grown_q: Tensor | None
 
 
 def precision_of(x: Tensor) -> str:
     """How fp32 operands are multiplied: exactly for fp32 inputs, three TF32 products for the inverse of others.
 
     Exact products of wide keys need 180 KiB of shared memory; chips with less multiply fp32 inputs by TF32 too. On
-    Hopper they may not: ``wup_kernel`` with 64 rows of fp32 by three TF32 products reads out of bounds there (Triton
+    Hopper they may not: a kernel with 64 rows of fp32 by three TF32 products read out of bounds there (Triton
     3.6, K = V = 128), though the values at K = V = 64 were good to 4e-7.
     """
     chip = chip_of(x)
-    exact = x.dtype == torch.float32 and chip.shared_memory >= 200_000
+    exact = x.dtype == torch.float32 and chip.large
     return "ieee" if exact or chip.backend == "hip" else "tf32x3"
 
 
@@ -346,41 +328,35 @@ def strides_of(name: str, x: Tensor | None) -> dict[str, int]:
     return {f"stride_{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in enumerate("bth")}
 
 
-def wup_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
-    """Two warps are also the fastest here (H200, 16/32 heads, 8192 tokens: both kernels .219 ms against .250).
-
-    fp32 operands by 64 columns take 112 KiB of shared memory and spill 8 KB a thread.
-    """
-    widest, warps = (64, 2) if x.element_size() == 2 else (32, 8)
-    BK, BV = (max(16, min(widest, triton.next_power_of_2(width))) for width in (K, V))
-    return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 2}
+def score_configuration(x: Tensor, K: int) -> dict[str, int]:
+    """Two blocks of keys a product leave room for several programs a multiprocessor."""
+    widest, warps = (64, 4) if x.element_size() == 2 else (32, 8)
+    return {"BK": max(16, min(widest, triton.next_power_of_2(K))), "num_warps": warps, "num_stages": 2}
 
 
 def intra_chunk(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, scale: float,
-    do: Tensor | None = None,
-) -> IntraChunk:  # fmt: skip
-    """Runs the two kernels; ``q, k, v, do`` have ``stride(-1) == 1``. With ``do`` it is for the backward."""
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
+    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, scale: float, backward: bool = False
+) -> IntraChunk:
+    """Runs the two kernels; ``q, k`` have ``stride(-1) == 1``."""
+    _, T, H, K = q.shape
+    HV = g.shape[2]
 
     def buffer(*shape, dtype=q.dtype):
-        return torch.empty((B, HV, T, *shape), dtype=dtype, device=q.device)
+        return torch.empty((table.chunks, HV, CHUNK, *shape), dtype=dtype, device=q.device)
 
-    x = IntraChunk(
-        buffer(dtype=torch.float64), buffer(dtype=torch.float32), buffer(dtype=torch.float32), buffer(CHUNK),
-        buffer(K), buffer(V), buffer(CHUNK) if do is None else None, None if do is None else buffer(V),
-    )  # fmt: skip
+    gates = (buffer(dtype=torch.float64), *(buffer(dtype=torch.float32) for _ in range(3)))
+    more = (buffer(CHUNK), buffer(K)) if backward else (None, None)
+    x = IntraChunk(*gates, buffer(CHUNK), buffer(CHUNK), *more)
     shape = {"T": T, "H": H, "HV": HV, "K": K, "C": CHUNK, "PRECISION": precision_of(q), **table.arguments()}
-    shape |= {**strides_of("k", k), **strides_of("beta", beta)}
+    shape |= strides_of("k", k)
     launch(invert_kernel)[(table.chunks * HV,)](
-        k=k, g=g, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end, inverse=x.inverse,
-        **strides_of("g", g), BK=max(16, min(64, triton.next_power_of_2(K))),
-        num_warps=1 if q.element_size() == 2 else 4, num_stages=2, **shape,
+        k=k, g=g, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end, rate=x.beta, scaled=x.T,
+        inverse=x.inverse, **strides_of("g", g), **strides_of("beta", beta),
+        BK=max(16, min(64, triton.next_power_of_2(K))), num_warps=1 if q.element_size() == 2 else 4, num_stages=2,
+        **shape,
     )  # fmt: skip
-    launch(wup_kernel)[(table.chunks * HV,)](
-        q=q, k=k, v=v, do=do, beta=beta, c_sum=x.c_sum, inverse=x.inverse, W=x.W, U=x.U, P=x.P, E=x.E, scale=scale,
-        **strides_of("q", q), **strides_of("v", v), **strides_of("do", do),
-        V=V, **wup_configuration(q, K, V), **shape,
+    launch(score_kernel)[(table.chunks * H,)](
+        q=q, k=k, c_sum=x.c_sum, P=x.P, grown=x.grown_q, scale=scale, **strides_of("q", q),
+        **score_configuration(q, K), **shape,
     )  # fmt: skip
     return x

@@ -110,7 +110,7 @@ def _run_tokens(
         read_v = tl.sum(S_kv * query_k[:, None], axis=0)
         overlap = tl.sum(key_k * query_k, axis=0)
         written_v = beta_t.to(tl.float32) * (v_v.to(tl.float32) - decay * stored_v)
-        o_v = scale * (decay * read_v + overlap * written_v)
+        o_v = tl.cast(scale, tl.float32) * (decay * read_v + overlap * written_v)  # Inductor passes fp64
         S_kv = decay * S_kv + key_k[:, None] * written_v[None, :]
         tl.store(o + offsets_o, o_v.to(o.dtype.element_ty), mask=mask_v)
 

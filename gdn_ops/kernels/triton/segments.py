@@ -49,8 +49,9 @@ def segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, ways: int = 
     widest = WIDEST if chip.shared_memory > 98304 else WIDEST // 2
     if is_batch_invariant() or widest < K or not isinstance(N, int):
         return None
-    parts = chip.multiprocessors // (N * HV * triton.cdiv(V, 32))
-    if parts < 2 * ways:
+    tile = 64 if chip.large and q.element_size() == 2 else 32
+    parts = chip.multiprocessors // (N * HV * triton.cdiv(V, tile))
+    if parts < 3 * ways:
         return None
     if not isinstance(T, int):
         return 32
@@ -62,8 +63,8 @@ def segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, ways: int = 
 @triton.jit
 def map_kernel(
     k,
-    W,
-    U,
+    v,
+    transition,
     from_start,
     to_end,
     M,
@@ -77,6 +78,9 @@ def map_kernel(
     stride_k_b,
     stride_k_t,
     stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -93,7 +97,7 @@ def map_kernel(
     program = tl.program_id(0)
     hv = (program // TILES % HV).to(tl.int64)
     segment = (program // (TILES * HV)).to(tl.int64)
-    _, b, begin, end, _, _, last, exists = segment_of(
+    _, b, begin, end, first_chunk, _, last, exists = segment_of(
         segment, T, N, SEGMENT, cu_seqlens, chunk_offsets, segment_offsets, C
     )
     if not exists:
@@ -107,40 +111,45 @@ def map_kernel(
     rows = tl.arange(0, C)
     in_k = tl.arange(0, BK)
     mask_k = in_k < K
-    mask_u = columns < tl.where(of_key, 0, V)
+    mask_v = columns < tl.where(of_key, 0, V)
 
     k += b * stride_k_b + begin * stride_k_t + hv // (HV // H) * stride_k_h
-    here = (b * HV + hv) * T + begin
-    W += here * K
-    U += here * V
+    v += b * stride_v_b + begin * stride_v_t + hv * stride_v_h
+    here = (first_chunk * HV + hv) * C
+    transition += here * C
     from_start += here
     to_end += here
-    S_kv = tl.where(of_key & (in_k[:, None] == columns[None, :]), 1.0, 0.0)
+    S_vk = tl.where(of_key & (columns[:, None] == in_k[None, :]), 1.0, 0.0)
     length = (end - begin).to(tl.int32)
+    whole = tl.load(from_start + C - 1, mask=length > 0, other=1.0)
     for start in range(0, length, C):
+        next_whole = tl.load(from_start + HV * C + C - 1, mask=start + C < length, other=1.0)
         real = rows < length - start
         mask_ck = real[:, None] & mask_k[None, :]
-        left = tl.minimum(length - start, C) - 1
-        w_ck = tl.load(W + rows[:, None] * K + in_k[None, :], mask=mask_ck, other=0.0)
+        mask_cv = real[:, None] & mask_v[None, :]
         k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
-        decay_c = tl.load(to_end + rows, mask=real, other=0.0)
-        whole = tl.load(from_start + left)
-        stored_cv = tl.dot(w_ck, S_kv.to(w_ck.dtype), input_precision=PRECISION)
-        # Loaded after the product for the reason given in chunk_forward.scan_kernel.
-        u_cv = tl.load(U + rows[:, None] * V + columns[None, :], mask=real[:, None] & mask_u[None, :], other=0.0)
-        decayed_cv = ((u_cv.to(tl.float32) - stored_cv) * decay_c[:, None]).to(k_ck.dtype)
-        S_kv = tl.dot(tl.trans(k_ck), decayed_cv, S_kv * whole, input_precision=PRECISION)
+        v_cv = tl.load(v + rows[:, None] * stride_v_t + columns[None, :], mask=mask_cv, other=0.0)
+        t_cc = tl.load(transition + rows[:, None] * C + rows[None, :])
+        grown_c = tl.load(from_start + rows)
+        decay_c = tl.load(to_end + rows)
+        u_vc = tl.dot(tl.trans(v_cv), tl.trans(t_cc), input_precision=PRECISION)
+        stored_vc = tl.dot(S_vk.to(k_ck.dtype), tl.trans(k_ck), input_precision=PRECISION)
+        erased_vc = (stored_vc * -grown_c[None, :]).to(k_ck.dtype)
+        new_vc = tl.dot(erased_vc, tl.trans(t_cc), u_vc, input_precision=PRECISION)
+        decayed_vc = (new_vc * decay_c[None, :]).to(k_ck.dtype)
+        S_vk = tl.dot(decayed_vc, k_ck, S_vk * whole, input_precision=PRECISION)
+        whole = next_whole
         k += C * stride_k_t
-        W += C * K
-        U += C * V
-        from_start += C
-        to_end += C
+        v += C * stride_v_t
+        transition += HV * C * C
+        from_start += HV * C
+        to_end += HV * C
     if of_key:
         M += (segment * HV + hv) * K * K
-        tl.store(M + in_k[:, None] * K + columns[None, :], S_kv, mask=mask_k[:, None] & (columns < K)[None, :])
+        tl.store(M + in_k[None, :] * K + columns[:, None], S_vk, mask=mask_k[None, :] & (columns < K)[:, None])
     else:
         B += (segment * HV + hv) * K * V
-        tl.store(B + in_k[:, None] * V + columns[None, :], S_kv, mask=mask_k[:, None] & mask_u[None, :])
+        tl.store(B + in_k[None, :] * V + columns[:, None], S_vk, mask=mask_k[None, :] & mask_v[:, None])
 
 
 @triton.jit
@@ -222,12 +231,13 @@ def maps(x: IntraChunk, k: Tensor, v: Tensor, table: ChunkTable, last: bool) -> 
     HV, V = v.shape[2:]
     M = torch.empty((table.segments, HV, K, K), dtype=torch.float32, device=k.device)
     B = torch.empty((table.segments, HV, K, V), dtype=torch.float32, device=k.device)
-    BK, BV = max(16, triton.next_power_of_2(K)), 32 if k.element_size() == 2 else 16
-    stage = CHUNK * (2 * BK + BV) * k.element_size()
-    stages = max(1, min(3, (chip_of(k).shared_memory - BK * BV * k.element_size()) // stage))
+    BK, BV = max(16, triton.next_power_of_2(K)), 64 if k.element_size() == 2 else 16
+    stage = CHUNK * (BK + CHUNK + BV) * k.element_size()
+    stages = max(1, min(3, chip_of(k).shared_memory // stage))
     launch(map_kernel)[(table.segments * HV * (triton.cdiv(K, BV) + triton.cdiv(V, BV)),)](
-        k=k, W=x.W, U=x.U, from_start=x.from_start, to_end=x.to_end, M=M, B=B, T=T, **strides_of("k", k),
-        H=H, HV=HV, K=K, V=V, BK=BK, BV=BV, C=CHUNK, PRECISION=precision_of(k), LAST=last,
+        k=k, v=v, transition=x.T, from_start=x.from_start, to_end=x.to_end, M=M, B=B, T=T,
+        **strides_of("k", k), **strides_of("v", v), H=H, HV=HV, K=K, V=V, BK=BK, BV=BV, C=CHUNK,
+        PRECISION=precision_of(k), LAST=last,
         **table.segment_arguments(), num_warps=4 if k.element_size() == 2 else 8, num_stages=stages,
     )  # fmt: skip
     return Maps(M, B)
