@@ -1,0 +1,105 @@
+"""Every Triton kernel once or more at ragged shapes, small enough for compute-sanitizer:
+
+    compute-sanitizer --tool memcheck python -m tests.kernels.sanitize
+    compute-sanitizer --tool racecheck python -m tests.kernels.sanitize
+
+Dense and packed, cut into segments and whole, by one warpgroup and by two, wide keys, odd heads, all dtypes, states
+in and out, pools with padding. It says what it ran and ends with an error if a result is not finite. ``--only`` takes
+parts, for processes side by side; ``--device cpu`` runs the CPU kernels, to see that the script itself is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import gdn_ops
+from tests.oracle import make_conv_inputs, make_inputs
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CHUNKED = {
+    "cut": ((1, 533, 1, 2, 128, 128, BF16), None),
+    "whole": ((2, 131, 1, 2, 64, 96, BF16), None),
+    "many heads": ((2, 70, 1, 70, 128, 128, BF16), None),
+    "packed": ((1, 150, 1, 1, 100, 72, BF16), [0, 1, 1, 70, 150]),
+    "packed and cut": ((1, 600, 1, 1, 64, 64, BF16), [0, 3, 3, 600]),
+    "wide keys": ((1, 130, 1, 1, 192, 256, FP16), None),
+    "fp32": ((1, 70, 1, 2, 40, 24, FP32), None),
+}
+RECURRENT = {
+    "tokens": ((2, 5, 1, 2, 100, 72, BF16), None),
+    "packed tokens": ((1, 9, 1, 2, 128, 128, FP32), [0, 0, 4, 9]),
+    "one token": ((3, 1, 2, 4, 128, 128, BF16), None),
+}
+
+
+def differentiable(x: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {n: t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for n, t in x.items()}
+
+
+def with_gradients(function: Callable, x: dict[str, Tensor | None], **options) -> list[Tensor]:
+    x = differentiable(x)
+    results = list(function(**x, output_final_state=True, **options))
+    wanted = [t for t in x.values() if t is not None and t.requires_grad]
+    return results + list(torch.autograd.grad(sum(r.float().square().sum() for r in results), wanted))
+
+
+def chunked(shape: tuple, bounds: list[int] | None, device: str) -> list[Tensor]:
+    x = make_inputs(*shape, device, initial_state=True, cu_seqlens=bounds)
+    return with_gradients(gdn_ops.chunk_gated_delta_rule, x)
+
+
+def recurrent(shape: tuple, bounds: list[int] | None, device: str) -> list[Tensor]:
+    x = make_inputs(*shape, device, initial_state=True, cu_seqlens=bounds)
+    return list(gdn_ops.recurrent_gated_delta_rule(**x, output_final_state=True))
+
+
+def convolved(width: int, bounds: list[int] | None, device: str) -> list[Tensor]:
+    B, T = (2, 37) if bounds is None else (1, bounds[-1])
+    x = make_conv_inputs(B, T, 40, width, BF16, device, initial_state=True, cu_seqlens=bounds)
+    return with_gradients(gdn_ops.causal_conv1d, x, activation="silu")
+
+
+def pools(device: str) -> list[Tensor]:
+    indices = torch.tensor([4, -1, 0], dtype=torch.int32, device=device)
+    x = make_inputs(3, 1, 2, 4, 64, 48, BF16, device)
+    states = torch.ones(5, 4, 64, 48, device=device)
+    o = gdn_ops.recurrent_gated_delta_rule_(*(x[n] for n in ("q", "k", "v", "g", "beta")), states, indices)
+    conv = make_conv_inputs(3, 1, 40, 4, BF16, device)
+    windows = torch.ones(5, 40, 3, dtype=BF16, device=device)
+    y = gdn_ops.causal_conv1d_update_(conv["x"], windows, conv["weight"], conv["bias"], "silu", indices)
+    return [o, states, y, windows]
+
+
+def jobs() -> dict[str, Callable[[str], list[Tensor]]]:
+    """What there is to run, by name; each takes the device."""
+    found: dict[str, Callable[[str], list[Tensor]]] = {"pools": pools}
+    for name, (shape, bounds) in CHUNKED.items():
+        found[name] = partial(chunked, shape, bounds)
+    for name, (shape, bounds) in RECURRENT.items():
+        found[name] = partial(recurrent, shape, bounds)
+    for width in (2, 4):
+        found[f"convolution {width}"] = partial(convolved, width, None)
+        found[f"packed convolution {width}"] = partial(convolved, width, [0, 0, 5, 77])
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels.sanitize", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", nargs="+", choices=tuple(jobs()), default=tuple(jobs()))
+    options = parser.parse_args(arguments)
+    for name in options.only:
+        results = jobs()[name](options.device)
+        wrong = [i for i, x in enumerate(results) if not bool(x.isfinite().all())]
+        print(f"{name}: {len(results)} results", flush=True)
+        if wrong:
+            raise SystemExit(f"{name}: expected finite results, got others in {wrong}")
+
+
+if __name__ == "__main__":
+    main()
