@@ -31,10 +31,11 @@ An export is a folder: ``model.engine``, ``model.onnx`` (with ``model.onnx.data`
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,7 +152,8 @@ def _write(
     dynamic = graph.entry["dynamic"]
     checked = check_profiles({"forward": {}} if profiles is None and not dynamic else profiles, dynamic)
     report = prove(model, plans, graph, dtype)
-    engine = build_engine(runtime, graph.path, graph.entry, checked, options, folder / ENGINE, progress)
+    with _source(runtime, graph.path) as (source, nodes):
+        engine = build_engine(runtime, source, graph.entry, checked, options, folder / ENGINE, progress)
     described = describe(graph.entry, engine, runtime)
     with inference(model):
         device = torch.device("cpu")
@@ -163,12 +165,28 @@ def _write(
         "reason": runtime.reason,
         "version": runtime.version,
         "executed": False,
+        "plugins": nodes,
         "layers": LAYERS,
         **engine.described,
     }
     for name, value in ((LAYERS, engine.layers), ("parity.json", report), ("manifest.json", manifest)):
         (folder / name).write_text(json.dumps(value, indent=1 if name == LAYERS else 2) + "\n")
     return manifest, report, engine.layers
+
+
+@contextlib.contextmanager
+def _source(runtime: Runtime, path: Path) -> Iterator[tuple[Path, dict[str, int]]]:
+    """The file that the engine is built from, and the plugins in it: with full TensorRT, they replace the functions."""
+    if not runtime.plugins:
+        yield path, {}
+        return
+    from gdn_ops.lowering.tensorrt import onnx_nodes, plugins
+
+    plugins.register()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / onnx_files.FILE
+        large = path.with_name(onnx_files.DATA).exists()
+        yield source, onnx_nodes.with_plugins(path, source, onnx_files.DATA if large else None)
 
 
 def describe(entry: dict[str, Any], engine: Engine, runtime: Runtime) -> dict[str, Any]:
