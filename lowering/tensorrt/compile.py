@@ -10,6 +10,8 @@ from gdn_ops.lowering.tensorrt.declaration import PluginKernel
 
 _TRITON = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32"}
 _PTX = {"int32": ".u32"}
+# Bytes that a block may have unless the launch asks for more, which TensorRT is not known to do.
+SHARED_MEMORY = 48 * 1024
 
 
 class Compiled(NamedTuple):
@@ -27,7 +29,7 @@ def compile_kernel(
 ) -> Compiled:
     """Compiles for compute capability ``arch`` (90 for 9.0). ``sizes`` are the static ones, ``dtypes`` by letter.
 
-    Raises RuntimeError if the kernel would have other parameters than it declares.
+    Raises RuntimeError if the kernel would have other parameters than it declares, or take more than SHARED_MEMORY.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -45,6 +47,10 @@ def compile_kernel(
     aligned = {(i,): [["tt.divisibility", 16]] for i, (_, kind) in enumerate(declared) if kind.startswith("*")}
     source = ASTSource(function, {name: signature[name] for name in names}, constants, aligned)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.launch(sizes, dtypes))
+    if built.metadata.shared > SHARED_MEMORY:
+        raise RuntimeError(
+            f"{kernel.name}: expected {SHARED_MEMORY} bytes of shared memory at most, got {built.metadata.shared}"
+        )
     ptx = exact_parameters(built.asm["ptx"], built.metadata.name, declared)
     return Compiled(built.metadata.name, ptx, 32 * built.metadata.num_warps, built.metadata.shared, constants)
 

@@ -7,8 +7,8 @@ a pointer nor a dynamic size is a constant of the compiled kernel, floats too.
 The recurrent rule and the convolution are the package's own kernels behind such a list of parameters. The chunkwise
 rule is those of ``gdn_ops.kernels.triton.chunk_forward`` in one: between its kernels there are buffers, of fp64 among
 others, for which TensorRT has neither a type nor a place. So one program owns a (sequence, value head, tile of ``BV``
-value columns), carries the ``[K, BV]`` tile of the state, and makes everything of a chunk of ``C = 32`` tokens by
-itself::
+value columns), carries the ``[K, BV]`` tile of the state, and makes everything of a chunk of ``C`` tokens (32; 16
+for wide fp32 keys) by itself::
 
     A = strict_lower(diag(beta) (K K^T) * D)      M = (I + A)^-1 diag(beta)      P = scale * (Q K^T) * D
     V' = M (V - exp(c) * (K S))                   O = scale * exp(c) * (Q S) + P V'

@@ -13,7 +13,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from gdn_ops.lowering.tensorrt.compile import Compiled, compile_kernel, entry_parameters, exact_parameters
+from gdn_ops.lowering.tensorrt.compile import (
+    SHARED_MEMORY,
+    Compiled,
+    compile_kernel,
+    entry_parameters,
+    exact_parameters,
+)
 from gdn_ops.lowering.tensorrt.declaration import CHUNK, CONV, PLUGINS, PluginKernel, cdiv
 from gdn_ops.lowering.tensorrt.kernels import launch
 
@@ -24,7 +30,13 @@ from tests.kernels.interpreter import call
 RULES = ("recurrent_gated_delta_rule", "recurrent_gated_delta_rule_in_place", "chunk_gated_delta_rule")
 SCALE, ARCHES = 0.3, (80, 89, 90, 100, 120)
 # B, T, H, HV, K, V: one token, a chunk and its neighbours, grouped heads, sizes that are no powers of two.
-SHAPES = ((2, 1, 2, 4, 16, 24), (1, CHUNK - 1, 1, 1, 16, 16), (2, CHUNK + 1, 2, 2, 24, 8), (1, 70, 1, 3, 32, 40))
+SHAPES = (
+    (2, 1, 2, 4, 16, 24),
+    (1, CHUNK - 1, 1, 1, 16, 16),
+    (2, CHUNK + 1, 2, 2, 24, 8),
+    (1, 70, 1, 3, 32, 40),
+    (1, 40, 1, 1, 140, 16),
+)
 LARGE = ((2, 1, 4, 8, 128, 128), (3, 200, 4, 8, 128, 128), (1, 1000, 2, 4, 64, 96), (2, 65, 1, 2, 200, 256))
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
@@ -133,13 +145,20 @@ def test_the_ptx_has_the_declared_parameters_and_no_others(name, dtype, arch):
     ]  # fmt: skip
     assert [x for x, _ in parameters] == [f"{compiled.name}_param_{i}" for i in range(len(parameters))]
     assert f".target sm_{arch}" in compiled.ptx
-    # TensorRT is not known to raise the limit of 48 KiB that a launch has unless it asks for more.
-    assert compiled.threads % 32 == 0 and compiled.shared_memory <= 48 * 1024
+    assert compiled.threads % 32 == 0 and compiled.shared_memory <= SHARED_MEMORY
 
 
-def test_a_full_size_head_stays_below_the_shared_memory_of_any_launch():
-    sizes, dtypes, attributes = case_of(PLUGINS["chunk_gated_delta_rule"], "bfloat16", (16, 32, 128, 128))
-    assert compile_kernel(PLUGINS["chunk_gated_delta_rule"], sizes, dtypes, attributes, 90).shared_memory <= 48 * 1024
+@pytest.mark.parametrize(("dtype", "K"), [("bfloat16", 128), ("bfloat16", 256), ("float32", 256)])
+def test_large_heads_stay_below_the_shared_memory_of_any_launch(dtype, K, monkeypatch):
+    kernel = PLUGINS["chunk_gated_delta_rule"]
+    case = case_of(kernel, dtype, (2, 4, K, K))
+    compiled = compile_kernel(kernel, *case, 90)
+    assert compiled.shared_memory <= SHARED_MEMORY == 48 * 1024
+    monkeypatch.setattr("gdn_ops.lowering.tensorrt.compile.SHARED_MEMORY", compiled.shared_memory - 1)
+    with pytest.raises(
+        RuntimeError, match=rf"expected {compiled.shared_memory - 1} bytes .* got {compiled.shared_memory}"
+    ):
+        compile_kernel(kernel, *case, 90)
 
 
 def test_scratch_pointers_go_only_if_nothing_reads_them():
