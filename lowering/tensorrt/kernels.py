@@ -2,7 +2,8 @@
 
 A quick plugin is one kernel, launched with its input pointers, the extra integers that it declares, and its output
 pointers, in this order. TensorRT's tensors are contiguous, so strides are products of sizes; everything that is neither
-a pointer nor a dynamic size is a constant of the compiled kernel, floats too.
+a pointer nor a dynamic size is a constant of the compiled kernel, floats too. Sizes stay arguments when torch launches
+the kernel as well, so that it is the same code: a length of one, which Triton would make a constant, among them.
 
 The recurrent rule and the convolution are the package's own kernels behind such a list of parameters. The chunkwise
 rule is those of ``gdn_ops.kernels.triton.chunk_forward`` in one: between its kernels there are buffers, of fp64 among
@@ -40,7 +41,7 @@ from gdn_ops.kernels.triton.recurrent import recurrent_forward_kernel
 _WEAKEST = tl.constexpr(-1000.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def recurrent_plugin_kernel(
     q,
     k,
@@ -74,7 +75,7 @@ def recurrent_plugin_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def conv_plugin_kernel(
     x,
     weight,
@@ -97,7 +98,7 @@ def conv_plugin_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def chunk_plugin_kernel(
     q,
     k,

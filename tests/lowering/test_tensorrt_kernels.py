@@ -102,6 +102,12 @@ def test_the_convolution_gives_the_specifications_numbers(B, T, D, W, silu, dtyp
         oracle.assert_close(x, want, oracle.TOLERANCE[dtype].values, name)
 
 
+def test_sizes_stay_arguments_when_torch_launches():
+    for kernel in PLUGINS.values():
+        kept = [x.name for x in kernel.triton().params if x.do_not_specialize]
+        assert kept == list(kernel.extras)
+
+
 def test_wrong_inputs_are_named():
     q, k, v, g, beta, state = rule_inputs((1, 5, 2, 4, 16, 16), torch.float32)
     for inputs, told in (
@@ -261,10 +267,10 @@ def test_the_ptx_of_the_convolution_runs_with_the_declared_arguments(B, T, D, W,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("shape", [(2, 100, 2, 4, 64, 64), (1, 1, 2, 4, 64, 64)], ids=str)
 @every_dtype
-def test_a_launch_from_torch_gives_the_same_bits_as_one_through_the_driver(name, dtype):
+def test_a_launch_from_torch_gives_the_same_bits_as_one_through_the_driver(name, shape, dtype):
     """The just-in-time implementation is the same kernel with the same constants."""
-    shape = (2, 100, 2, 4, 64, 64)
     first = launch(name, {"scale": SCALE}, *rule_inputs(shape, dtype, "cuda"))
     second = through_the_driver(name, rule_inputs(shape, dtype, "cuda"), {"scale": SCALE})
     assert all(torch.equal(a, b) for a, b in zip(first, second))
