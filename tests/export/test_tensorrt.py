@@ -220,6 +220,18 @@ def test_fixed_sizes_need_no_profiles(tmp_path):
         )  # fmt: skip
 
 
+def test_large_weights_lie_beside_the_onnx_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("gdn_ops.export.onnx.LARGE", 1000)
+    result = build_tensorrt(torch.nn.Linear(64, 64), tmp_path / "out", example_inputs=(torch.ones(4, 64),))
+    (program,) = result.manifest["programs"].values()
+    assert [x["file"] for x in program["data"]] == ["model.onnx", "model.onnx.data"]
+    assert result.files["model.engine"].stat().st_size > result.files["model.onnx.data"].stat().st_size >= 4 * 64 * 64
+    with open(result.files["model.onnx.data"], "r+b") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"model\.onnx\.data: expected sha256"):
+        verify(result.out_dir)
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from gdn_ops.lowering.tensorrt import onnx_plugins, plugins
 from gdn_ops.lowering.tensorrt.compile import (
     SHARED_MEMORY,
     Compiled,
@@ -274,3 +275,29 @@ def test_a_launch_from_torch_gives_the_same_bits_as_one_through_the_driver(name,
     first = launch(name, {"scale": SCALE}, *rule_inputs(shape, dtype, "cuda"))
     second = through_the_driver(name, rule_inputs(shape, dtype, "cuda"), {"scale": SCALE})
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.gpu
+@every_dtype
+def test_memory_of_others_is_seen_by_torch(dtype):
+    x = torch.randn(3, 5, device="cuda").to(dtype)
+    seen = plugins.view(x.data_ptr(), (3, 5), str(dtype).removeprefix("torch."))
+    assert seen.dtype == x.dtype and seen.data_ptr() == x.data_ptr() and torch.equal(seen, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 70])
+@every_dtype
+def test_the_plugins_of_the_onnx_parser_run_the_kernels(T, dtype):
+    """``LinearAttention`` on packed heads, ``CausalConvWithState`` with channels first."""
+    q, k, v, g, beta, state = inputs = rule_inputs((2, T, 2, 4, 32, 16), dtype, "cuda")
+    outputs = [torch.full_like(v.flatten(2), float("nan")), torch.full_like(state, float("nan"))]
+    fields = {"q_num_heads": 2, "kv_num_heads": 4, "scale": SCALE}
+    onnx_plugins.linear_attention([*(x.flatten(2) for x in (q, k, v)), state, g, beta], outputs, fields)
+    check_rule([outputs[0].unflatten(-1, (4, 16)), outputs[1]], rule_expected(inputs), dtype)
+    x, weight, bias, state = inputs = conv_inputs(2, T, 40, 4, dtype, "cuda")
+    outputs = [torch.full_like(x.transpose(1, 2).contiguous(), float("nan")), torch.full_like(state, float("nan"))]
+    given = [x.transpose(1, 2).contiguous(), weight.unsqueeze(1), bias, state]
+    onnx_plugins.causal_conv_with_state(given, outputs, {"activation": "silu"})
+    for got, want, name in zip((outputs[0].transpose(1, 2), outputs[1]), conv_expected(inputs, 1), ("y", "state")):
+        oracle.assert_close(got, want, oracle.TOLERANCE[dtype].values, name)

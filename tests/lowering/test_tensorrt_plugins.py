@@ -180,11 +180,3 @@ def test_a_network_gets_a_plugin_layer(tensorrt, monkeypatch):
     assert plugins.add_plugin(network, "causal_conv1d", inputs, {"silu": True}) == ["out 0", "out 1"]
     with pytest.raises(RuntimeError, match="gdn::causal_conv1d: TensorRT made no plugin layer"):
         plugins.add_plugin(network, "causal_conv1d", inputs, {"silu": 0}, aot=False)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_memory_of_others_is_seen_by_torch(dtype):
-    x = torch.randn(3, 5, device="cuda").to(getattr(torch, dtype))
-    seen = plugins.view(x.data_ptr(), (3, 5), dtype)
-    assert seen.dtype == x.dtype and seen.data_ptr() == x.data_ptr() and torch.equal(seen, x)
