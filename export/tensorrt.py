@@ -152,9 +152,11 @@ def _write(
     dynamic = graph.entry["dynamic"]
     checked = check_profiles({"forward": {}} if profiles is None and not dynamic else profiles, dynamic)
     report = prove(model, plans, graph, dtype)
+    if runtime.plugins:
+        report["proved"] += "; in the engine, plugins are in the place of its functions"
     with _source(runtime, graph.path) as (source, nodes):
         engine = build_engine(runtime, source, graph.entry, checked, options, folder / ENGINE, progress)
-    described = describe(graph.entry, engine, runtime)
+    described = describe(graph.entry, engine)
     with inference(model):
         device = torch.device("cpu")
         versions = onnx_files.versions() | {runtime.name: runtime.version}
@@ -189,7 +191,7 @@ def _source(runtime: Runtime, path: Path) -> Iterator[tuple[Path, dict[str, int]
         yield source, onnx_nodes.with_plugins(path, source, onnx_files.DATA if large else None)
 
 
-def describe(entry: dict[str, Any], engine: Engine, runtime: Runtime) -> dict[str, Any]:
+def describe(entry: dict[str, Any], engine: Engine) -> dict[str, Any]:
     """The program's entry with the engine as its file and the ONNX file beside it."""
     onnx_file = {key: entry[key] for key in ("file", "size", "sha256")}
     return {**entry, **manifests.describe_file(engine.path), "data": [onnx_file, *entry.get("data", ())]}

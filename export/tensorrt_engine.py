@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import sympy
 import torch
-from gdn_ops.export.tensorrt_runtime import Options, Runtime, configure, listener
+from gdn_ops.export.tensorrt_runtime import Options, Runtime, configure, listener, this_gpu
 
 Profiles = dict[str, dict[str, tuple[int, int, int]]]
 # Of a language model, unless the caller has others: 8 rows at most, prompts of up to 4096 tokens.
@@ -118,6 +118,7 @@ def build_engine(
         _keep_cache(cache, Path(options.timing_cache))
     described = {
         **chosen,
+        "this_gpu": this_gpu(runtime, chosen.get("compute_capabilities")),
         "strongly_typed": True,
         "profiles": [
             {"name": name, "index": i, "sizes": {n: list(x) for n, x in profiles[name].items()}, "inputs": shapes[name]}

@@ -211,6 +211,18 @@ def configure(runtime: Runtime, config: Any, options: Options) -> dict[str, Any]
     }
 
 
+def this_gpu(runtime: Runtime, capabilities: list[str] | None) -> str | None:
+    """The GPU that torch sees, and whether the engine is for it; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    name = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    if runtime.plugins or f"sm_{major}{minor}" in (capabilities or ()):
+        return f"{name}: the engine is for it"
+    known = f"sm_{major}{minor}" in known_capabilities(runtime.trt)
+    return f"{name}: " + ("the engine is for others" if known else "TensorRT-RTX does not run on it; use full TensorRT")
+
+
 def listener(trt: ModuleType, progress: Callable[[str, int, int], None] | None) -> Any:
     """An ``IProgressMonitor`` that tells ``progress(phase, done, steps)``; what that raises stops the build.
 

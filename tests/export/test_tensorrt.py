@@ -362,6 +362,24 @@ def test_the_full_one_is_taken_where_it_can_build(monkeypatch):
             tensorrt_runtime.check_options(found, tensorrt_runtime.Options(compute_capabilities=("sm_89",)))
 
 
+def test_the_gpu_at_hand_is_named(monkeypatch):
+    runtime = tensorrt_runtime.find("tensorrt-rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tensorrt_runtime.this_gpu(runtime, ["sm_89"]) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    said = {}
+    for capability in ((8, 9), (8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)  # noqa: B023
+        said[capability] = tensorrt_runtime.this_gpu(runtime, ["sm_89"])
+    assert said == {
+        (8, 9): "a GPU (sm_89): the engine is for it", (8, 0): "a GPU (sm_80): the engine is for others",
+        (9, 0): "a GPU (sm_90): TensorRT-RTX does not run on it; use full TensorRT",
+    }  # fmt: skip
+    full = runtime._replace(name="tensorrt")
+    assert tensorrt_runtime.this_gpu(full, None) == "a GPU (sm_90): the engine is for it"
+
+
 def test_nothing_of_tensorrt_is_imported_before_it_is_used():
     code = "import sys, gdn_ops.export, gdn_ops.cli.app; print([x for x in sys.modules if x.startswith('tensorrt')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

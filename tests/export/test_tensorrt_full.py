@@ -152,6 +152,7 @@ def test_the_plugins_are_in_the_network_and_the_options_in_the_builder(build, tm
     assert engine["path"] == "tensorrt plugins" and engine["reason"] == "full TensorRT is installed"
     assert engine["plugins"] == {"gdn::causal_conv1d": 1, "gdn::chunk_gated_delta_rule": 1}
     assert (engine["hardware_compatible"], engine["version_compatible"]) == ("ampere_plus", True)
+    assert result.report["proved"].endswith("in the engine, plugins are in the place of its functions")
     assert (engine["timing_cache"], engine["warnings"]) == ("timings", ["slow"])
     assert result.files["model.engine"].read_bytes() == b"plan"
     # The file that stays is the proved one, with the functions.
