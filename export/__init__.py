@@ -5,12 +5,15 @@ from gdn_ops.export.onnx import OnnxExport, export_onnx
 from gdn_ops.export.parity import ParityError
 from gdn_ops.export.program import export_program
 from gdn_ops.export.runner import Package, load_package, read_manifest, verify
+from gdn_ops.export.tensorrt import TensorRTExport, build_tensorrt
 
 __all__ = [
     "ExportResult",
     "OnnxExport",
     "Package",
     "ParityError",
+    "TensorRTExport",
+    "build_tensorrt",
     "export_aoti",
     "export_onnx",
     "export_program",

@@ -87,7 +87,7 @@ def _write(
         with packaging(device) as configs, torch.no_grad():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
         loaded[name] = torch._inductor.aoti_load_package(str(path))
-        entries[name] |= {"file": path.name, "size": path.stat().st_size, "sha256": manifests.sha256(path)}
+        entries[name] |= manifests.describe_file(path)
     report = parity.Report(dtype, target="aoti", device=device.type)
     if is_language_model(model):
         parity.language_model(report, plans, loaded)

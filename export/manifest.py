@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 import gdn_ops
 
-FORMAT, ONNX_FORMAT, FORMAT_VERSION = "gdn_ops.aoti", "gdn_ops.onnx", 1
-FORMATS = (FORMAT, ONNX_FORMAT)
+FORMAT, ONNX_FORMAT, TENSORRT_FORMAT, FORMAT_VERSION = "gdn_ops.aoti", "gdn_ops.onnx", "gdn_ops.tensorrt", 1
+FORMATS = (FORMAT, ONNX_FORMAT, TENSORRT_FORMAT)
 
 
 def operators(program: ExportedProgram) -> list[str]:
@@ -149,7 +149,7 @@ def describe(
         machine["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     language_model = is_language_model(model)
     return {
-        "format": FORMAT if target == "aoti" else ONNX_FORMAT,
+        "format": {"aoti": FORMAT, "tensorrt": TENSORRT_FORMAT}.get(target, ONNX_FORMAT),
         "format_version": FORMAT_VERSION,
         "target": target,
         "model": type(model).__name__,
@@ -162,6 +162,11 @@ def describe(
         "initial_state": _initial_state(model) if language_model else {},
         "programs": programs,
     }
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Name, size and digest, as :func:`gdn_ops.export.verify` compares them."""
+    return {"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def sha256(path: Path) -> str:

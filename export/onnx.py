@@ -44,6 +44,7 @@ from gdn_ops.export.destination import check_destination, replacing
 from gdn_ops.export.program import Plan, device_of, export_plan, inference, plan
 from gdn_ops.lowering.onnx import TARGETS, lower, translating
 from gdn_ops.lowering.onnx.stamps import raise_opset
+from gdn_ops.lowering.onnx.targets import Lowered
 from gdn_ops.lowering.onnx.translation import unsupported_operators
 from torch import nn
 from torch.export import ExportedProgram
@@ -101,12 +102,7 @@ def export_onnx(
     """
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            message = f"export_onnx needs {error.name}: pip install 'gdn-ops[onnx]'"
-            raise ModuleNotFoundError(message, name=error.name) from error
+    need_packages("export_onnx")
     out_dir = Path(out_dir).absolute()
     check_destination(out_dir)
     plans = plan(model, example_inputs, dynamic_shapes)
@@ -121,13 +117,29 @@ def export_onnx(
     return OnnxExport(out_dir, files, manifest, report)
 
 
-def _write(
-    model: nn.Module, plans: dict[str, Plan], device: torch.device, dtype: torch.dtype, target: str, folder: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    import onnx
+def need_packages(caller: str) -> None:
+    """ModuleNotFoundError unless the packages of the extra ``onnx`` are installed."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            message = f"{caller} needs {error.name}: pip install 'gdn-ops[onnx]'"
+            raise ModuleNotFoundError(message, name=error.name) from error
+
+
+class Graph(NamedTuple):
+    """A file of one program that is valid, and not yet proved; ``entry`` describes it in the manifest."""
+
+    name: str
+    program: ExportedProgram
+    entry: dict[str, Any]
+    lowered: Lowered
+    path: Path
+
+
+def write_graph(plans: dict[str, Plan], target: str, folder: Path) -> Graph:
+    """Writes the first of ``plans`` (joined with ``step``, if that is there) to ``folder`` and checks its form."""
     import onnx_ir as ir
-    import onnxruntime
-    import onnxscript
 
     name, item = next(iter(plans.items()))
     program = export_plan(item)
@@ -143,18 +155,36 @@ def _write(
     graph.producer_name, graph.producer_version = "gdn_ops", _version()
     large = sum(x.const_value.nbytes for x in graph.graph.initializers.values() if x.const_value is not None) > LARGE
     ir.save(graph, folder / FILE, external_data=DATA if large else None)
-    for path in folder.iterdir():
+    for path in folder.glob(f"{FILE}*"):
         path.chmod(0o644)
-    opsets = onnx_proof.check(folder / FILE, lowered.opset)
-    report = onnx_proof.prove(model, plans, program, entry, folder / FILE, lowered, dtype, target)
-    entry |= {"file": FILE, "size": (folder / FILE).stat().st_size, "sha256": manifests.sha256(folder / FILE)}
+    entry |= {"opsets": onnx_proof.check(folder / FILE, lowered.opset), **manifests.describe_file(folder / FILE)}
     if large:
-        path = folder / DATA
-        entry["data"] = [{"file": DATA, "size": path.stat().st_size, "sha256": manifests.sha256(path)}]
-    entry |= {"opsets": opsets, "nodes": report["nodes"]}
-    packages = {x.__name__: x.__version__ for x in (onnx, onnxruntime, onnxscript)}
+        entry["data"] = [manifests.describe_file(folder / DATA)]
+    return Graph(name, program, entry, lowered, folder / FILE)
+
+
+def prove(model: nn.Module, plans: dict[str, Plan], graph: Graph, dtype: torch.dtype, target: str) -> dict[str, Any]:
+    """The parity report of a file, with eager beside it; raises ParityError if it does not give eager's numbers."""
+    return onnx_proof.prove(model, plans, graph.program, graph.entry, graph.path, graph.lowered, dtype, target)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make and prove the files."""
+    import onnx
+    import onnxruntime
+    import onnxscript
+
+    return {x.__name__: x.__version__ for x in (onnx, onnxruntime, onnxscript)}
+
+
+def _write(
+    model: nn.Module, plans: dict[str, Plan], device: torch.device, dtype: torch.dtype, target: str, folder: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    graph = write_graph(plans, target, folder)
+    report = prove(model, plans, graph, dtype, target)
+    graph.entry["nodes"] = report["nodes"]
     with inference(model):
-        manifest = manifests.describe(model, device, dtype, {name: entry}, target, **packages)
+        manifest = manifests.describe(model, device, dtype, {graph.name: graph.entry}, target, **versions())
     (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest, report

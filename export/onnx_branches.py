@@ -19,7 +19,7 @@ def join(prefill: ir.Model, step: ir.Model) -> ir.Model:
     """
     inputs = [ir.Value(name=x.name, type=x.type, shape=x.shape) for x in prefill.graph.inputs]
     outer = ir.Graph(inputs, [], nodes=[], opset_imports=dict(prefill.opset_imports), name="prefill_or_step")
-    _one_token(step.graph)
+    _one_token(step.graph, prefill.graph.inputs[0].shape[1])
     weights: dict[tuple, list[ir.Value]] = {}
     for prefix, graph in (("prefill", prefill.graph), ("step", step.graph)):
         for own, given in zip(graph.inputs, inputs):
@@ -39,22 +39,31 @@ def join(prefill: ir.Model, step: ir.Model) -> ir.Model:
     return ir.Model(outer, ir_version=prefill.ir_version, functions=list(prefill.functions.values()))
 
 
-def _one_token(graph: ir.Graph) -> None:
-    """``input_ids [batch, 1]`` in and ``logits [batch, 1, vocabulary]`` out."""
+def _one_token(graph: ir.Graph, tokens: ir.SymbolicDim | int) -> None:
+    """``input_ids [batch, T]`` in, of which the first is taken, and ``logits [batch, T, vocabulary]`` out.
+
+    T is 1 where the branch is taken. But TensorRT works out the shapes of both branches at any length, and must find
+    the same ones.
+    """
     ids, logits = graph.inputs[0], graph.outputs[0]
-    axis = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [1])])
-    flat = ir.Node("", "Squeeze", [ids, axis.outputs[0]], name="one_token")
+    axis, zero = (ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", [n])]) for n in (1, 0))
+    first = ir.Node("", "Slice", [ids, zero.outputs[0], axis.outputs[0], axis.outputs[0]], name="first_token")
+    flat = ir.Node("", "Squeeze", [first.outputs[0], axis.outputs[0]], name="one_token")
     flat.outputs[0].dtype, flat.outputs[0].shape = ids.dtype, ids.shape
     for node, index in list(ids.uses()):
-        if node is not flat:
+        if node is not first:
             node.replace_input_with(index, flat.outputs[0])
-    graph.insert_before(graph[0], [axis, flat])
+    graph.insert_before(graph[0], [axis, zero, first, flat])
     long = ir.Node("", "Unsqueeze", [logits, axis.outputs[0]], name="one_token_logits")
     long.outputs[0].dtype, long.outputs[0].shape = logits.dtype, ir.Shape([logits.shape[0], 1, logits.shape[1]])
-    long.outputs[0].name = logits.name
+    length = ir.Node("", "Shape", [ids], [ir.AttrInt64("start", 1), ir.AttrInt64("end", 2)])
+    shape = ir.Node("", "Concat", [axis.outputs[0], length.outputs[0], axis.outputs[0]], [ir.AttrInt64("axis", 0)])
+    every = ir.Node("", "Expand", [long.outputs[0], shape.outputs[0]], name="every_token_logits")
+    every.outputs[0].dtype, every.outputs[0].shape = logits.dtype, ir.Shape([logits.shape[0], tokens, logits.shape[1]])
+    every.outputs[0].name = logits.name
     logits.name = f"{logits.name}.flat"
-    graph.append(long)
-    graph.outputs[0] = long.outputs[0]
+    graph.extend([long, length, shape, every])
+    graph.outputs[0] = every.outputs[0]
 
 
 def _move_weights(graph: ir.Graph, outer: ir.Graph, weights: dict[tuple, list[ir.Value]], prefix: str) -> None:

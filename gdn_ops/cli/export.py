@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gdn_ops.cli import generate_onnx
+from gdn_ops.cli import export_tensorrt, generate_onnx
 from gdn_ops.cli.errors import Failure, UserError, at_the_door, need
+from gdn_ops.cli.export_tensorrt import EngineOptions
+from gdn_ops.cli.options import whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from gdn_ops.cli.measure import Row
 
 PROGRAM = "generate.py"
+Tell = Callable[[str, int, int], None]
 
 
 class Target(str, enum.Enum):
@@ -33,10 +36,26 @@ class Target(str, enum.Enum):
     onnx27 = "onnx27"
     ort = "ort"
     portable = "portable"
+    tensorrt = "tensorrt"
 
     @property
     def onnx(self) -> bool:
+        """Made and checked as an ONNX file, on the CPU."""
         return self is not Target.aoti
+
+
+class Runtime(str, enum.Enum):
+    """What builds an engine."""
+
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+class Hardware(str, enum.Enum):
+    """Which other GPUs an engine of full TensorRT runs on."""
+
+    ampere_plus = "ampere_plus"
+    same_compute_capability = "same_compute_capability"
 
 
 class Dtype(str, enum.Enum):
@@ -57,6 +76,28 @@ def command(
         str, typer.Option("--device", help="auto, cpu, cuda or cuda:N: where the artifact will run.")
     ] = "auto",
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Of weights and arithmetic.")] = Dtype.float32,
+    runtime: Annotated[
+        Runtime | None, typer.Option("--runtime", help="Engine: which TensorRT, not the first that can build.")
+    ] = None,
+    compute_capabilities: Annotated[
+        list[str] | None,
+        typer.Option("--compute-capabilities", metavar="SM", help="Engine, TensorRT-RTX: such as sm_89; repeatable."),
+    ] = None,
+    max_batch: Annotated[int | None, whole("--max-batch", 1, "Engine: rows at most, 8 if not given.")] = None,
+    max_length: Annotated[
+        int | None, whole("--max-length", 2, "Engine: tokens of a prompt at most, 4096 if not given.")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option("--timing-cache", metavar="FILE", help="Engine, full TensorRT: is read if there, and written."),
+    ] = None,
+    hardware_compatible: Annotated[
+        Hardware | None,
+        typer.Option("--hardware-compatible", help="Engine, full TensorRT: which other GPUs it is for."),
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Engine, full TensorRT: for later versions too.")
+    ] = False,
 ) -> None:
     """Makes an artifact, checked against eager and measured."""
     import torch
@@ -68,6 +109,11 @@ def command(
     from gdn_ops.cli.folders import sync, write_file
     from gdn_ops.export.destination import replacing
 
+    engine = EngineOptions(
+        runtime.value if runtime else None, compute_capabilities, max_batch, max_length, timing_cache,
+        hardware_compatible.value if hardware_compatible else None, version_compatible,
+    )  # fmt: skip
+    engine.refuse_unless(target.value)
     if target.onnx and device not in ("auto", "cpu"):
         raise UserError(
             f"--device: expected auto or cpu with --target {target.value} (the file is checked and measured by ONNX "
@@ -81,8 +127,8 @@ def command(
     _check_destination(out)
     model, text = loading.load_model(directory, chosen, getattr(torch, dtype.value)), texts.load(directory)
     with replacing(out.absolute()) as work:
-        with _waiting(f"exporting {model.num_parameters():,} parameters for {target.value} on {chosen.type}"):
-            finish = TARGETS[target](model, work)
+        with _waiting(f"exporting {model.num_parameters():,} parameters for {target.value} on {chosen.type}") as tell:
+            finish = TARGETS[target](model, work, engine, tell)
         text.save(work)
         with _waiting("measuring"):
             rows = finish(directory)
@@ -95,7 +141,7 @@ def command(
     console.print(f"tokens/s: one sequence, {calls}; medians of {measure.ROUNDS} rounds at most", markup=False)
 
 
-def _aoti(model: nn.Module, out: Path) -> Callable[[Path], list[Row]]:
+def _aoti(model: nn.Module, out: Path, engine: EngineOptions, tell: Tell) -> Callable[[Path], list[Row]]:
     """Writes the packages; gives the function that measures them beside eager."""
     need("setuptools", "gdn export --target aoti", "export")  # torch's list of C++ include folders comes with it
     from gdn_ops.export import export_aoti, load_package
@@ -112,10 +158,10 @@ def _aoti(model: nn.Module, out: Path) -> Callable[[Path], list[Row]]:
     return lambda directory: _rows(model, directory, "aoti", load_package(out), files, result.parity)
 
 
-def _onnx(target: str) -> Callable[[nn.Module, Path], Callable[[Path], list[Row]]]:
+def _onnx(target: str) -> Callable[[nn.Module, Path, EngineOptions, Tell], Callable[[Path], list[Row]]]:
     """The same for an ONNX file, with the program beside it that generates from it alone."""
 
-    def write(model: nn.Module, out: Path) -> Callable[[Path], list[Row]]:
+    def write(model: nn.Module, out: Path, engine: EngineOptions, tell: Tell) -> Callable[[Path], list[Row]]:
         for library in ("onnx", "onnxscript", "onnxruntime"):
             need(library, f"gdn export --target {target}", "onnx")
         import torch
@@ -169,8 +215,15 @@ def _rows(
     ]
 
 
-TARGETS: dict[Target, Callable[[Any, Path], Callable[[Path], list]]] = {
-    target: _onnx(target.value) if target.onnx else _aoti for target in Target
+def _tensorrt(model: nn.Module, out: Path, engine: EngineOptions, tell: Tell) -> Callable[[Path], list[Row]]:
+    with _checked():
+        return export_tensorrt.write(model, out, engine, tell)
+
+
+TARGETS: dict[Target, Callable[[Any, Path, EngineOptions, Tell], Callable[[Path], list]]] = {
+    Target.aoti: _aoti,
+    Target.tensorrt: _tensorrt,
+    **{target: _onnx(target.value) for target in (Target.onnx27, Target.ort, Target.portable)},
 }
 
 
@@ -188,15 +241,26 @@ def _check_destination(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _waiting(what: str) -> Iterator[None]:
-    """A spinner on a terminal, a line elsewhere; always the time that it took."""
+def _waiting(what: str) -> Iterator[Tell]:
+    """A spinner on a terminal, a line elsewhere; always the time that it took.
+
+    Gives a function that shows a phase of the work, its steps done and its steps: beside the spinner as they come, or
+    each phase once as a line.
+    """
     from rich.console import Console
 
     console, start = Console(stderr=True, highlight=False), time.perf_counter()
     if console.is_terminal:
-        with console.status(what):
-            yield
+        with console.status(what) as status:
+            yield lambda phase, done, steps: status.update(f"{what}: {phase} {done}/{steps}")
     else:
         console.print(what, markup=False, soft_wrap=True)
-        yield
+        shown: set[str] = set()
+
+        def tell(phase: str, done: int, steps: int) -> None:
+            if phase not in shown:
+                shown.add(phase)
+                console.print(f"{phase}: {time.perf_counter() - start:.0f} s", markup=False, soft_wrap=True)
+
+        yield tell
     console.print(f"{what}: {time.perf_counter() - start:.0f} s", markup=False, soft_wrap=True)

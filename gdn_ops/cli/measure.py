@@ -22,14 +22,14 @@ LENGTH, STEPS, ROUNDS, SECONDS = 512, 32, 5, 20.0
 
 class Row(NamedTuple):
     """``program`` is ``prefill`` or ``step``; ``size`` in bytes; ``parity`` the largest relative RMS error of any of
-    its results against eager, None for eager itself; ``speed`` in tokens/s."""
+    its results against eager, None for eager itself; ``speed`` in tokens/s, None for what this machine cannot run."""
 
     target: str
     program: str
     file: str
     size: int
     parity: float | None
-    speed: float
+    speed: float | None
 
 
 class OnnxRunner:
@@ -119,5 +119,6 @@ def table(rows: list[Row], title: str) -> Any:
         shown.add_column(name, justify="right")
     for row in rows:
         parity = "(reference)" if row.parity is None else f"{row.parity:.1e}"
-        shown.add_row(row.target, row.program, row.file, f"{row.size / 1e6:.2f} MB", parity, f"{row.speed:,.0f}")
+        speed = "not run" if row.speed is None else f"{row.speed:,.0f}"
+        shown.add_row(row.target, row.program, row.file, f"{row.size / 1e6:.2f} MB", parity, speed)
     return shown

@@ -2,7 +2,8 @@
 
 One token (decode) has a branch of its own. Longer input is a ``Scan`` over chunks of ``CHUNK`` tokens; the tokens that
 the last chunk lacks are copies of the last one with ``g = beta = 0``, which change no state. T is at least 1: runtimes
-do not loop over nothing, and a second branch for it makes ONNX Runtime 1.32 crash where sizes are fixed. Inside a
+do not loop over nothing, and a second branch for it makes ONNX Runtime 1.32 crash where sizes are fixed. The branch for
+one token takes the first of any number: TensorRT works out the shapes of both branches at any length. Inside a
 chunk, with ``c = cumsum(g)`` and ``D_ij = exp(c_i - c_j)`` for ``i >= j`` (else 0)::
 
     A = strict_lower(diag(beta) (K K^T) * D)      M = (I + A)^-1 diag(beta)      P = scale * (Q K^T) * D
@@ -45,17 +46,22 @@ _TOKEN = """
   key_col = Concat <axis = 0> (B, HV, K, one)
   value_row = Concat <axis = 0> (B, HV, one, V)
   gate_one = Concat <axis = 0> (B, HV, one, one)
-  k_shared = Reshape (k, one_a_key_head)
-  q_shared = Reshape (q, one_a_key_head)
+  k_first = Slice (k, zero, one, one)
+  q_first = Slice (q, zero, one, one)
+  v_first = Slice (v, zero, one, one)
+  g_first = Slice (g, zero, one, one)
+  beta_first = Slice (beta, zero, one, one)
+  k_shared = Reshape (k_first, one_a_key_head)
+  q_shared = Reshape (q_first, one_a_key_head)
   k_each = Expand (k_shared, one_a_value_head)
   q_each = Expand (q_shared, one_a_value_head)
   k1 = Reshape (k_each, key_row)
   k1_T = Reshape (k_each, key_col)
   q_plain = Reshape (q_each, key_row)
   q1 = Mul (q_plain, scale)
-  v1 = Reshape (v, value_row)
-  g1 = Reshape (g, gate_one)
-  beta1 = Reshape (beta, gate_one)
+  v1 = Reshape (v_first, value_row)
+  g1 = Reshape (g_first, gate_one)
+  beta1 = Reshape (beta_first, gate_one)
   decay = Exp (g1)
   k_S = MatMul (k1, initial_state)
   q_S = MatMul (q1, initial_state)
@@ -69,7 +75,9 @@ _TOKEN = """
   qk = MatMul (q1, k1_T)
   own = Mul (qk, written)
   o1 = Add (q_decayed, own)
-  o_token = Reshape (o1, o_shape)
+  token_shape = Concat <axis = 0> (B, one, HV, V)
+  o_first = Reshape (o1, token_shape)
+  o_token = Expand (o_first, o_shape)
 """
 
 _CHUNK = """

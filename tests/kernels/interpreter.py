@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -41,15 +42,17 @@ class Call(NamedTuple):
 
 @contextmanager
 def cutting(shortest_segment: int | None = None, batch_invariant: bool = False) -> Iterator[None]:
-    """Inside, a segment may be as short as ``shortest_segment`` chunks; with ``batch_invariant``, none is cut."""
+    """Inside, a segment may be as short as ``shortest_segment`` chunks, and two are enough; with ``batch_invariant``,
+    none is cut."""
     segments = importlib.import_module(f"{PACKAGE}.segments")
-    usual = segments.SHORTEST
-    segments.SHORTEST = shortest_segment or usual
+    usual = segments.SHORTEST, segments.FEWEST
+    if shortest_segment is not None:
+        segments.SHORTEST, segments.FEWEST = shortest_segment, 2
     try:
         with whole_sequences() if batch_invariant else nullcontext():
             yield
     finally:
-        segments.SHORTEST = usual
+        segments.SHORTEST, segments.FEWEST = usual
 
 
 def call(entry: str, *args: Any, **cut: Any) -> Call:
@@ -61,7 +64,7 @@ def call(entry: str, *args: Any, **cut: Any) -> Call:
     if device == "cuda":
         module, function = entry.split(":")
         with cutting(**cut):
-            result = getattr(importlib.import_module(f"{PACKAGE}.{module}"), function)(*args)
+            result = getattr(_module(module), function)(*args)
         torch.cuda.synchronize()
         return Call(result, args)
     process = _interpreter()
@@ -75,6 +78,11 @@ def call(entry: str, *args: Any, **cut: Any) -> Call:
     if error is not None:
         raise RuntimeError(f"{entry} failed in the interpreter:\n{error}")
     return Call(*outcome)
+
+
+def _module(name: str) -> ModuleType:
+    """By its name in PACKAGE, or by its whole name."""
+    return importlib.import_module(name if name.startswith("gdn_ops.") else f"{PACKAGE}.{name}")
 
 
 @cache
@@ -132,7 +140,7 @@ def _serve(requests, answers) -> None:
             return
         try:
             module_name, function = entry.split(":")
-            module = importlib.import_module(f"{PACKAGE}.{module_name}")
+            module = _module(module_name)
             kernels = [x for name, x in vars(module).items() if name.endswith("_kernel")]
             if not kernels or not all(isinstance(kernel, InterpretedFunction) for kernel in kernels):
                 raise RuntimeError(f"{module_name}: expected interpreted kernels, got {kernels}")
