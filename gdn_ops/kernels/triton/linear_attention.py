@@ -488,6 +488,7 @@ def recurrent_forward(
 
 AHEAD_OF_TIME = (
     ("bf16 mamba2", torch.bfloat16, 1, 24, 128, 64, False),
+    ("bf16 segments", torch.bfloat16, 1, 2, 64, 64, False),
     ("bf16 packed", torch.bfloat16, 2, 2, 64, 64, True),
     ("fp16 wide", torch.float16, 2, 2, 256, 512, False),
     ("fp32 odd", torch.float32, 1, 2, 100, 72, True),
