@@ -376,7 +376,8 @@ def linear_scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> d
     ``heads`` is the number of (segment, value head) pairs, None when it is symbolic. A program multiplies Q K^T anew,
     so tiles of 64 columns are taken whenever each multiprocessor gets a program. A step of a scan keeps reader, writer
     and x in shared memory; two stages are the least for 16-bit operands on Hopper. fp32 operands are multiplied in
-    registers: eight warps, and Q K^T by 32 columns of keys at a time.
+    registers: eight warps, and Q K^T by 32 columns of keys at a time. So are 16-bit ones where there are no warpgroup
+    products: by 64, or keys of 256 spill 4 KB a thread.
     """
     size, chip = x.element_size(), chip_of(x)
     BK = max(16, triton.next_power_of_2(K))
@@ -384,7 +385,7 @@ def linear_scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> d
     if size == 2 and BK <= 128:
         BV = 32 if heads is not None and heads * triton.cdiv(V, 64) < chip.multiprocessors else 64
     BV = max(16, min(BV, triton.next_power_of_2(V)))
-    BQ = BK if size == 2 else min(BK, 32)
+    BQ = min(BK, 32 if size == 4 else BK if chip.shared_memory > 200_000 else 64)
     stage = CHUNK * (2 * BK + BV) * size
     stages = max(1, min(3, (chip.shared_memory - (BK * BV + CHUNK * (CHUNK + BV)) * size) // stage))
     return {"BK": BK, "BQ": BQ, "BV": BV, "num_warps": 4 if size == 2 else 8, "num_stages": stages}
