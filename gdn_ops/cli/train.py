@@ -28,7 +28,7 @@ class Dtype(str, enum.Enum):
 def command(
     out: Annotated[Path, typer.Option(metavar="OUT", help="Folder of the run; an earlier run in it is continued.")],
     steps: Annotated[int, whole("--steps", 1, "Steps of the optimizer in the whole run.")],
-    preset: Annotated[str, typer.Option(help="Model: tiny, gdn-0.4b, h1-0.4b, gdn-1.3b, h1-1.3b.")] = "tiny",
+    preset: Annotated[str, typer.Option(help="Model: tiny, gdn-0.4b, h1-1.3b, ... (gdn_ops.models.PRESETS).")] = "tiny",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Another value for a field of the preset, repeatable."),
