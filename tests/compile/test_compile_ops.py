@@ -184,36 +184,46 @@ def test_export_keeps_one_node_an_operator(function):
         assert_close(state, want["final_state"], 1e-5, "final_state")
 
 
+MODULES = {
+    "chunk_gated_delta_rule": ("chunk_forward", "chunk_backward", "causal_conv1d"),
+    "chunk_gated_linear_attention": ("linear_attention", "linear_attention_backward", "causal_conv1d"),
+}
+
+
 @pytest.mark.gpu
-def test_inductor_sees_the_triton_kernels():
+@pytest.mark.parametrize("name", MODULES)
+def test_inductor_sees_the_triton_kernels(name):
     """On CUDA no call to an operator is left in the generated code, forward or backward."""
+    function = getattr(gdn_ops, name)
     x = make_inputs(1, 130, 2, 4, 64, 64, torch.bfloat16, "cuda")
     conv = make_conv_inputs(1, 130, 128, 4, torch.bfloat16, "cuda")
     q, weight = x["q"].requires_grad_(), conv["weight"].requires_grad_()
 
     def run():
         compiled = torch.compile(
-            lambda q, weight: gdn_ops.chunk_gated_delta_rule(
+            lambda q, weight: function(
                 gdn_ops.causal_conv1d(q.flatten(2), weight, activation="silu")[0].view_as(q), *rest
             )[0],
             fullgraph=True,
         )
         compiled(q, weight).float().square().sum().backward()
 
-    rest = [x[n] for n in TOKENS[1:]]
+    rest = [x[n] for n in TOKENS[1:] if n in suited(function, x)]
     _, codes = run_and_get_code(run)
     code = "\n".join(codes)
     assert "torch.ops.gdn" not in code and "gdn::" not in code
-    for module in ("chunk_forward", "chunk_backward", "causal_conv1d"):
+    for module in MODULES[name]:
         assert f"gdn_ops/kernels/triton/{module}.py" in code, module
 
 
 @pytest.mark.gpu
-def test_cuda_graphs():
+@pytest.mark.parametrize("name", MODULES)
+def test_cuda_graphs(name):
     """``mode="reduce-overhead"`` records and replays: other inputs give other, right results, varlen too."""
-    compiled = torch.compile(gdn_ops.chunk_gated_delta_rule, mode="reduce-overhead", fullgraph=True)
+    function = getattr(gdn_ops, name)
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
     for seed, bounds in enumerate(([0, 3, 130], [0, 64, 130], [0, 0, 130], [0, 129, 130])):
-        x = make_inputs(1, 130, 2, 4, 64, 64, torch.bfloat16, "cuda", seed=seed, cu_seqlens=bounds)
+        x = make_inputs_of(function, 1, 130, 2, 4, 64, 64, torch.bfloat16, "cuda", seed=seed, cu_seqlens=bounds)
         o, state = compiled(**x, output_final_state=True)
         want = expected(x)
         assert_close(o, want["o"], TOLERANCE[torch.bfloat16].values, "o")
