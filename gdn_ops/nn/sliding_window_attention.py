@@ -191,8 +191,9 @@ class SlidingWindowAttention(Mixer):
 
 def _within_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of each token to all before it, ``[B, T, H * D]``; padding on the right of a row is seen by none."""
-    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    # Repeated rather than ``enable_gqa``, which torch's memory-efficient kernels do not take.
+    k, v = (y.repeat_interleave(q.shape[2] // k.shape[2], 2) for y in (k, v))
+    o = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), is_causal=True)
     return o.transpose(1, 2).flatten(2)
 
 

@@ -7,6 +7,7 @@ models at every seed.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from gdn_ops.models import HybridConfig
 from perf.claims.models import ABLATIONS, FAMILY, SCALES, configure, count, state_size
 from perf.claims.tasks import Needle, Parity, Recall
 from perf.claims.text import Text
-from perf.claims.training import OutOfTime, Recipe, Task, read, train
+from perf.claims.training import Diverged, OutOfTime, Reading, Recipe, Task, metric_of, read, train
 from perf.records import cpu_name
 
 FILE = "results.csv"
@@ -148,7 +149,11 @@ def run_all(runs: Sequence[Run], out: Path, device: str, budget: float, report: 
         except OutOfTime:
             report(f"{len(waiting) - i} runs left: the budget of {budget:g} minutes is over; the same command goes on")
             return len(waiting) - i
-        readings = read(model, run.task, run.recipe, device)
+        except Diverged as error:
+            say(str(error))
+            loss, readings = math.nan, [Reading(x, metric_of(run.task), math.nan) for x in run.task.settings]
+        else:
+            readings = read(model, run.task, run.recipe, device)
         say("  ".join(f"{x.metric} at {x.setting}: {x.value:.4g}" for x in readings))
         fixed = dict(zip(KEY, run.key)) | {
             "parameters": count(config), "state": state_size(config), "loss": f"{loss:.6g}",

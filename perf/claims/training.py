@@ -23,6 +23,10 @@ class OutOfTime(Exception):
     """The budget ended in the middle of a run, which leaves nothing."""
 
 
+class Diverged(Exception):
+    """The loss is no number any more: a result, too."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     steps: int
@@ -68,7 +72,7 @@ def train(
 
     Raises:
         OutOfTime: ``deadline`` (seconds of ``time.monotonic``) passed.
-        RuntimeError: the loss is no number.
+        Diverged: the loss is no number.
     """
     torch.manual_seed(seed)
     model = HybridLM(config).to(device).train()
@@ -102,7 +106,7 @@ def train(
             report(f"step {step + 1}/{recipe.steps}  loss {loss.item():.4f}")
     value = torch.stack(last).mean().item()
     if not math.isfinite(value):
-        raise RuntimeError(f"the loss is {value} after {recipe.steps} steps: lower the rate")
+        raise Diverged(f"the loss is {value} after {recipe.steps} steps")
     return model.eval(), value
 
 
@@ -121,8 +125,12 @@ def read(model: HybridLM, task: Task, recipe: Recipe, device: str) -> list[Readi
             scored = batch.targets != IGNORED
             hits = (guess == batch.targets)[scored].view(-1, batch.answers).all(1)
             right, total = right + int(hits.sum()), total + hits.numel()
-        readings.append(Reading(setting, "accuracy", right / total))
+        readings.append(Reading(setting, metric_of(task), right / total))
     return readings
+
+
+def metric_of(task: Task) -> str:
+    return "perplexity" if isinstance(task, Text) else "accuracy"
 
 
 def _perplexities(model: HybridLM, task: Text, recipe: Recipe, device: str) -> list[Reading]:
@@ -134,4 +142,4 @@ def _perplexities(model: HybridLM, task: Text, recipe: Recipe, device: str) -> l
             logits = model(ids[None].to(device)).logits[0]
         sums += F.cross_entropy(logits.float(), targets.to(device), reduction="none").double().cpu()
     nats = sums / recipe.eval_batches
-    return [Reading(end, "perplexity", perplexity(nats[start:end].mean().item())) for start, end in task.buckets()]
+    return [Reading(end, metric_of(task), perplexity(nats[start:end].mean().item())) for start, end in task.buckets()]

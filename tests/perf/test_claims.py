@@ -14,7 +14,7 @@ from perf.claims.__main__ import main
 from perf.claims.models import ABLATIONS, FAMILY, SCALES, configure, count, state_size
 from perf.claims.tasks import IGNORED, Needle, Parity, Recall
 from perf.claims.text import Text
-from perf.claims.training import OutOfTime, Reading, Recipe, read, train
+from perf.claims.training import Diverged, OutOfTime, Reading, Recipe, read, train
 
 TASKS = (Recall(64, 4, (2, 4), vocab_size=33), *(Needle(v, 48, (96,)) for v in (1, 2, 3)), Parity(16, (32,)))
 
@@ -178,6 +178,18 @@ def test_a_run_resumes_reports_and_draws(tmp_path, capsys, monkeypatch):
     assert "5 runs, 5 of them already in" in said.err and "| gdn, negative eigenvalues |" in said.out
     assert (tmp_path / "parity-parity-toy.png").stat().st_size > 5000
     assert runs.read_rows(tmp_path) == rows
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch):
+    task, recipe = Parity(8, (8, 16)), Recipe(3, 2, math.inf, 1)
+    config = configure("gdn", SCALES["toy"], task.vocab_size, 16)
+    with pytest.raises(Diverged, match="the loss is nan after 3 steps"):
+        train(config, task, recipe, 0, "cpu", math.inf, lambda line: None)
+    run = runs.Run("parity", "toy", "gdn", 0, task, recipe, "toy")
+    assert runs.run_all([run], tmp_path, "cpu", 5, lambda line: None) == 0
+    rows = runs.read_rows(tmp_path)
+    assert [row["value"] for row in rows] == ["nan", "nan"] and rows[0]["loss"] == "nan"
+    assert "| nan | nan |" in report.table(rows)
 
 
 def test_the_table_has_means_and_deviations():
