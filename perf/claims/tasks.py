@@ -77,7 +77,7 @@ class Needle:
     settings: tuple[int, ...]
     vocab_size: int = 256
 
-    KEYS = 64
+    KEYS = 16
 
     @property
     def name(self) -> str:
@@ -88,8 +88,8 @@ class Needle:
         return 8 if self.variant == 3 else 2
 
     def batch(self, seed: int, step: int, size: int, setting: int | None = None) -> Batch:
-        """``setting`` is another length. In training there are several needles, all asked for: one answer a sequence
-        is little to learn from."""
+        """``setting`` is another length. In training there are several needles, all asked for (one answer a sequence is
+        little to learn from), and haystacks of all lengths, behind a beginning that is one word over and over."""
         rng, T, V = np.random.default_rng([seed, step]), setting or self.length, self.value_length
         words, block = 17 + self.KEYS, V + 2
         if 4 * block > T:
@@ -100,11 +100,14 @@ class Needle:
         else:
             ids = rng.integers(1, self.vocab_size, size=(size, T))
         targets, haystack = np.full((size, T), IGNORED), T - n * block + 1
+        least = n * block
+        before = 0 if setting else int(rng.integers(0, haystack - least + 1))
+        ids[:, :before], room = self.vocab_size - 1, haystack - before
         for row in range(size):
             keys, values = 17 + rng.permutation(self.KEYS)[:n], 1 + rng.integers(16, size=(n, V))
             needles = np.concatenate([np.zeros((n, 1)), keys[:, None], values], axis=1)
-            shift = rng.integers(haystack % block + 1)
-            for needle, slot in zip(needles, rng.permutation(haystack // block)[:n]):
+            shift = before + rng.integers(room % block + 1)
+            for needle, slot in zip(needles, rng.permutation(room // block)[:n]):
                 ids[row, shift + slot * block :][:block] = needle
             order = rng.permutation(n)
             asked = needles[order].flatten()[:-1]  # the last token of the last answer is not shown
