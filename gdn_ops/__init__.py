@@ -5,9 +5,11 @@ from gdn_ops.functional import (
     causal_conv1d,
     causal_conv1d_update_,
     chunk_gated_delta_rule,
+    chunk_gated_linear_attention,
     fused_recurrent_gated_delta_rule,
     recurrent_gated_delta_rule,
     recurrent_gated_delta_rule_,
+    recurrent_gated_linear_attention,
 )
 
 __version__ = "0.1.0"
@@ -16,9 +18,11 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update_",
     "chunk_gated_delta_rule",
+    "chunk_gated_linear_attention",
     "fused_recurrent_gated_delta_rule",
     "ops",
     "recurrent_gated_delta_rule",
     "recurrent_gated_delta_rule_",
+    "recurrent_gated_linear_attention",
     "reference",
 ]

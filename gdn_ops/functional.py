@@ -27,8 +27,7 @@ def _prepare(q, k, v, g, beta, l2norm, gate, A_log, dt_bias, beta_sigmoid, allow
         g = -A_log.to(wide).exp() * F.softplus(g)
     elif A_log is not None or dt_bias is not None:
         raise ValueError("A_log, dt_bias: expected None unless use_gate_in_kernel=True, got a tensor")
-    if g is None:
-        g = torch.zeros(v.shape[:3], dtype=state_dtype(q), device=v.device)
+    g = _no_decay(v) if g is None else g
     if allow_neg_eigval and not beta_sigmoid:
         raise ValueError("allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True with it, got False")
     if beta_sigmoid:
@@ -37,6 +36,10 @@ def _prepare(q, k, v, g, beta, l2norm, gate, A_log, dt_bias, beta_sigmoid, allow
     if l2norm:
         q, k = _l2norm(q), _l2norm(k)
     return q, k, g, beta
+
+
+def _no_decay(v: Tensor) -> Tensor:
+    return torch.zeros(v.shape[:3], dtype=state_dtype(v), device=v.device)
 
 
 def _l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -50,14 +53,15 @@ def _state_shape(q, v, state_v_first):
     return (v.shape[2], V, K) if state_v_first else (v.shape[2], K, V)
 
 
-def _run(op, q, k, v, g, beta, scale, initial_state, output_final_state, state_v_first, cu_seqlens):
+def _run(op, q, k, v, gates, scale, initial_state, output_final_state, state_v_first, cu_seqlens):
+    """``gates`` are the operator's inputs after v: g and beta, or g alone."""
     if initial_state is not None:
         N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         validation.state(initial_state, "initial_state", (N, *_state_shape(q, v, state_v_first)), q, "q")
         initial_state = initial_state.mT if state_v_first else initial_state
         initial_state = initial_state.to(state_dtype(q))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, final_state = op(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state)
+    o, final_state = op(q, k, v, *gates, initial_state, cu_seqlens, scale, output_final_state)
     if not output_final_state:
         return o, None
     return o, final_state.mT if state_v_first else final_state
@@ -116,7 +120,7 @@ def chunk_gated_delta_rule(
         use_beta_sigmoid_in_kernel, allow_neg_eigval, cu_seqlens,
     )  # fmt: skip
     op = torch.ops.gdn.chunk_gated_delta_rule
-    return _run(op, q, k, v, g, beta, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
+    return _run(op, q, k, v, (g, beta), scale, initial_state, output_final_state, state_v_first, cu_seqlens)
 
 
 def recurrent_gated_delta_rule(
@@ -155,7 +159,7 @@ def recurrent_gated_delta_rule(
         use_beta_sigmoid_in_kernel, allow_neg_eigval, cu_seqlens,
     )  # fmt: skip
     op = torch.ops.gdn.recurrent_gated_delta_rule
-    return _run(op, q, k, v, g, beta, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
+    return _run(op, q, k, v, (g, beta), scale, initial_state, output_final_state, state_v_first, cu_seqlens)
 
 
 fused_recurrent_gated_delta_rule = recurrent_gated_delta_rule
@@ -208,6 +212,78 @@ def recurrent_gated_delta_rule_(
     state = state.mT if state_v_first else state
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return torch.ops.gdn.recurrent_gated_delta_rule_(q, k, v, g, beta, state, state_indices, cu_seqlens, scale)
+
+
+def chunk_gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Linear attention with a scalar decay a head, over whole sequences, chunk by chunk; differentiable.
+
+    ``S_t = exp(g_t) S_{t-1} + k_t v_t^T``, ``o_t = scale * S_t^T q_t``: the gated delta rule without the delta. It is
+    Mamba2's rule (arXiv 2405.21060, section 6) with C as q, B as k (one head a group), dt * x as v, dt * A as g and
+    ``scale=1``.
+
+    Args:
+        q, k: ``[B, T, H, K]``; v: ``[B, T, HV, V]`` with ``HV % H == 0``; one dtype (fp32, bf16, fp16, fp64).
+        g: log decay ``[B, T, HV]``, at most 0, any float dtype; -inf forgets all before it; ``None`` means 0.
+        scale: factor on q, default ``K ** -0.5``.
+        initial_state: ``[N, HV, K, V]`` (``[N, HV, V, K]`` with ``state_v_first``), default zeros.
+        output_final_state: also return the state after the last token, in fp32 (fp64 for fp64 inputs).
+        cu_seqlens: ``[N + 1]`` int32 or int64 bounds of sequences packed along T; then B is 1.
+
+    Returns:
+        ``(o [B, T, HV, V], final_state or None)``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Example::
+
+        >>> (B, C), x, dt, A = torch.randn(2, 1, 100, 1, 64), torch.randn(1, 100, 4, 32), 0.1, -1.0
+        >>> g = torch.full((1, 100, 4), dt * A)
+        >>> o, state = chunk_gated_linear_attention(C, B, dt * x, g, scale=1.0, output_final_state=True)
+        >>> o.shape, state.shape
+        (torch.Size([1, 100, 4, 32]), torch.Size([1, 4, 64, 32]))
+    """
+    validation.gated_linear_attention(q, k, v, g, cu_seqlens)
+    gates, op = (_no_decay(v) if g is None else g,), torch.ops.gdn.chunk_gated_linear_attention
+    return _run(op, q, k, v, gates, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
+
+
+def recurrent_gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The same rule token by token, for decode and short sequences; differentiable.
+
+    Arguments, shapes, results and errors as :func:`chunk_gated_linear_attention` (which see for what it raises).
+
+    Example::
+
+        >>> q, k = torch.randn(2, 1, 1, 1, 64)
+        >>> v, g, state = torch.randn(1, 1, 4, 32), -torch.rand(1, 1, 4), torch.zeros(1, 4, 64, 32)
+        >>> o, state = recurrent_gated_linear_attention(q, k, v, g, initial_state=state, output_final_state=True)
+        >>> o.shape, state.shape
+        (torch.Size([1, 1, 4, 32]), torch.Size([1, 4, 64, 32]))
+    """
+    validation.gated_linear_attention(q, k, v, g, cu_seqlens)
+    gates, op = (_no_decay(v) if g is None else g,), torch.ops.gdn.recurrent_gated_linear_attention
+    return _run(op, q, k, v, gates, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
 
 
 def causal_conv1d(

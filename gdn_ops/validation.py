@@ -42,7 +42,19 @@ def _cu_seqlens(cu_seqlens: Tensor, like: Tensor, name: str) -> None:
 
 
 def gated_delta_rule(q, k, v, g, beta, cu_seqlens) -> None:
-    """Shapes, dtypes and devices of the inputs that all forms of the rule share."""
+    """Shapes, dtypes and devices of the inputs that all forms of the rule share; ``g`` may be None."""
+    gated_linear_attention(q, k, v, g, cu_seqlens)
+    _gate(beta, "beta", v)
+
+
+def _gate(x, name: str, v: Tensor) -> None:
+    _tensor(x, name, 3)
+    _shape(x, name, tuple(v.shape[:3]))
+    _device(x, name, v, "q")
+
+
+def gated_linear_attention(q, k, v, g, cu_seqlens) -> None:
+    """The same for the rule without ``beta``; ``g`` may be None."""
     for x, name in ((q, "q"), (k, "k"), (v, "v")):
         _tensor(x, name, 4)
         if x.dtype != q.dtype:
@@ -55,11 +67,8 @@ def gated_delta_rule(q, k, v, g, beta, cu_seqlens) -> None:
     HV, V = v.shape[2:]
     _expect(HV >= 1 and HV % H == 0, "v", f"a number of heads divisible by q's {H}", HV)
     _expect(V >= 1, "v", "at least one feature", tuple(v.shape))
-    for x, name in ((g, "g"), (beta, "beta")):
-        if x is not None or name == "beta":
-            _tensor(x, name, 3)
-            _shape(x, name, (B, T, HV))
-            _device(x, name, q, "q")
+    if g is not None:
+        _gate(g, "g", v)
     if cu_seqlens is not None:
         _cu_seqlens(cu_seqlens, q, "q")
 

@@ -1,4 +1,5 @@
-// The gated delta rule and the short causal convolution on CPU, without any dependency beyond the C library.
+// The gated delta rule, gated linear attention and the short causal convolution on CPU, without any dependency beyond
+// the C library.
 //
 // Compiled once an instruction set: GDN_KERNELS names the exported table and GDN_VECTOR_BYTES the register width.
 // Everything else has internal linkage, so that no inline function of one instruction set is linked into another.
@@ -9,6 +10,8 @@
 //     (I + A) X = beta * (V - exp(c) * (K S)),   A_ij = beta_i (K K^T)_ij D_ij for j < i      (X: values written)
 //     O = scale * (exp(c) * (Q S) + tril(Q K^T * D) X)
 //     S <- exp(c_C) S + (exp(c_C - c) * K)^T X
+//
+// Gated linear attention is the same with X = V, without A and K S.
 //
 // Since chunks run in order, the solve needs V columns only (U and W of the batched form are never built). The matrix
 // products share one register-tiled loop. c is summed in fp64; all else is fp32, or fp64 for fp64 inputs.
@@ -260,15 +263,17 @@ void recurrent(const GatedDeltaRule& op, const Task& task, T* S, int64_t ld, con
     load(op.k, at(op.k, task, t, task.key_head), op.k.stride[3], K, k);
     load(op.v, at(op.v, task, t, task.head), op.v.stride[3], V, v);
     load(op.g, at(op.g, task, t, task.head), 1, 1, &g);
-    load(op.beta, at(op.beta, task, t, task.head), 1, 1, &beta);
     T decay = exponential(g), scale = T(op.scale);
-    memset(o, 0, V * sizeof(T));
-    for (int64_t d = 0; d < K; d++) {
-      const T* row = S + d * ld;
-      T kd = k[d];
-      for (int64_t j = 0; j < V; j++) o[j] += kd * row[j];
+    if (op.beta.data) {
+      load(op.beta, at(op.beta, task, t, task.head), 1, 1, &beta);
+      memset(o, 0, V * sizeof(T));
+      for (int64_t d = 0; d < K; d++) {
+        const T* row = S + d * ld;
+        T kd = k[d];
+        for (int64_t j = 0; j < V; j++) o[j] += kd * row[j];
+      }
+      for (int64_t j = 0; j < V; j++) v[j] = beta * (v[j] - decay * o[j]);
     }
-    for (int64_t j = 0; j < V; j++) v[j] = beta * (v[j] - decay * o[j]);
     memset(o, 0, V * sizeof(T));
     for (int64_t d = 0; d < K; d++) {
       T* row = S + d * ld;
@@ -290,12 +295,13 @@ void chunk(const GatedDeltaRule& op, const Task& task, int64_t t, int64_t n, con
   int64_t K = op.q.size[3], V = op.v.size[3], ldk = w.ldk, ldv = w.ldv, ldc = w.ldc;
   double c[CHUNK], sum = 0;
   T beta[CHUNK], scale = T(op.scale);
+  const bool erases = op.beta.data;
   for (int64_t i = 0; i < n; i++) {
     double g;
     load(op.q, at(op.q, task, t + i, task.key_head), op.q.stride[3], K, w.q + i * ldk);
     load(op.k, at(op.k, task, t + i, task.key_head), op.k.stride[3], K, w.k + i * ldk);
     load(op.g, at(op.g, task, t + i, task.head), 1, 1, &g);
-    load(op.beta, at(op.beta, task, t + i, task.head), 1, 1, beta + i);
+    if (erases) load(op.beta, at(op.beta, task, t + i, task.head), 1, 1, beta + i);
     // Below this a gate is an exact zero in fp64 too; -inf itself would leave differences that are not numbers.
     c[i] = sum += g < -1000 ? -1000 : g;
   }
@@ -305,30 +311,29 @@ void chunk(const GatedDeltaRule& op, const Task& task, int64_t t, int64_t n, con
   }
   for (int64_t i = 0; i < n; i += BLOCK) {
     int64_t rows = n - i < BLOCK ? n - i : BLOCK;
-    product(rows, i + BLOCK, K, w.k + i * ldk, ldk, 1, w.kT, ldc, w.A + i * ldc, ldc, false);
+    if (erases) product(rows, i + BLOCK, K, w.k + i * ldk, ldk, 1, w.kT, ldc, w.A + i * ldc, ldc, false);
     product(rows, i + BLOCK, K, w.q + i * ldk, ldk, 1, w.kT, ldc, w.P + i * ldc, ldc, false);
   }
   for (int64_t i = 0; i < n; i++) {
     T *A = w.A + i * ldc, *P = w.P + i * ldc;
     for (int64_t j = 0; j <= i; j++) {
       T D = exponential(T(c[i] - c[j]));
-      A[j] *= -beta[i] * D;
+      if (erases) A[j] *= -beta[i] * D;
       P[j] *= scale * D;
     }
     for (int64_t j = i + 1; j < CHUNK; j++) P[j] = 0;
   }
-  product(n, V, K, w.k, ldk, 1, w.S, ldv, w.x, ldv, false);
+  if (erases) product(n, V, K, w.k, ldk, 1, w.S, ldv, w.x, ldv, false);
   product(n, V, K, w.q, ldk, 1, w.S, ldv, w.o, ldv, false);
   for (int64_t i = 0; i < n; i++) {
     T *x = w.x + i * ldv, *o = w.o + i * ldv, *v = w.row;
-    T decay = T(exponential(c[i])), b = beta[i];
-    load(op.v, at(op.v, task, t + i, task.head), op.v.stride[3], V, v);
-    for (int64_t j = 0; j < V; j++) {
-      x[j] = b * (v[j] - decay * x[j]);
-      o[j] *= scale * decay;
-    }
+    T decay = T(exponential(c[i]));
+    load(op.v, at(op.v, task, t + i, task.head), op.v.stride[3], V, erases ? v : x);
+    if (erases)
+      for (int64_t j = 0; j < V; j++) x[j] = beta[i] * (v[j] - decay * x[j]);
+    for (int64_t j = 0; j < V; j++) o[j] *= scale * decay;
   }
-  for (int64_t i = 0; i < n; i += STEP) {  // forward substitution by blocks of STEP rows
+  for (int64_t i = 0; erases && i < n; i += STEP) {  // forward substitution by blocks of STEP rows
     int64_t end = i + STEP < n ? i + STEP : n;
     if (i) product(end - i, V, i, w.A + i * ldc, ldc, 1, w.x, ldv, w.x + i * ldv, ldv, true);
     for (int64_t r = i + 1; r < end; r++) {

@@ -16,6 +16,7 @@ struct Tensor {
 };
 
 // q, k [B, T, H, K]; v, o [B, T, HV, V]; g, beta [B, T, HV]; states [N, HV, K, V]. o and final_state are contiguous.
+// Without beta it is gated linear attention: all of v is written.
 // bounds is null, or N + 1 checked token positions of the sequences packed along T (then B is 1).
 struct GatedDeltaRule {
   Tensor q, k, v, g, beta, initial_state, o, final_state;

@@ -92,7 +92,7 @@ const gdn::Kernels& kernels() {
 }
 
 AOTITorchError rule(bool chunked, AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle g,
-                    AtenTensorHandle beta, AtenTensorHandle* initial_state, AtenTensorHandle* cu_seqlens, double scale,
+                    AtenTensorHandle* beta, AtenTensorHandle* initial_state, AtenTensorHandle* cu_seqlens, double scale,
                     int32_t output_final_state, AtenTensorHandle* o, AtenTensorHandle* final_state) {
   gdn::GatedDeltaRule op;
   op.q = borrow(q), op.k = borrow(k), op.v = borrow(v), op.g = borrow(g), op.beta = borrow(beta);
@@ -118,14 +118,28 @@ AOTITorchError aoti_torch_cpu_chunk_gated_delta_rule(
     AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle g, AtenTensorHandle beta,
     AtenTensorHandle* initial_state, AtenTensorHandle* cu_seqlens, double scale, int32_t output_final_state,
     AtenTensorHandle* o, AtenTensorHandle* final_state) {
-  return rule(true, q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, o, final_state);
+  return rule(true, q, k, v, g, &beta, initial_state, cu_seqlens, scale, output_final_state, o, final_state);
 }
 
 AOTITorchError aoti_torch_cpu_recurrent_gated_delta_rule(
     AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle g, AtenTensorHandle beta,
     AtenTensorHandle* initial_state, AtenTensorHandle* cu_seqlens, double scale, int32_t output_final_state,
     AtenTensorHandle* o, AtenTensorHandle* final_state) {
-  return rule(false, q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, o, final_state);
+  return rule(false, q, k, v, g, &beta, initial_state, cu_seqlens, scale, output_final_state, o, final_state);
+}
+
+AOTITorchError aoti_torch_cpu_chunk_gated_linear_attention(
+    AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle g, AtenTensorHandle* initial_state,
+    AtenTensorHandle* cu_seqlens, double scale, int32_t output_final_state, AtenTensorHandle* o,
+    AtenTensorHandle* final_state) {
+  return rule(true, q, k, v, g, nullptr, initial_state, cu_seqlens, scale, output_final_state, o, final_state);
+}
+
+AOTITorchError aoti_torch_cpu_recurrent_gated_linear_attention(
+    AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle g, AtenTensorHandle* initial_state,
+    AtenTensorHandle* cu_seqlens, double scale, int32_t output_final_state, AtenTensorHandle* o,
+    AtenTensorHandle* final_state) {
+  return rule(false, q, k, v, g, nullptr, initial_state, cu_seqlens, scale, output_final_state, o, final_state);
 }
 
 AOTITorchError aoti_torch_cpu_causal_conv1d(

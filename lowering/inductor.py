@@ -30,12 +30,19 @@ _RULE = (
     "AtenTensorHandle* initial_state, AtenTensorHandle* cu_seqlens, double scale, int32_t output_final_state, "
     "AtenTensorHandle* o, AtenTensorHandle* final_state"
 )
+_LINEAR = _RULE.replace("AtenTensorHandle beta, ", "")
 _CONV = (
     "AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* initial_state, "
     "AtenTensorHandle* cu_seqlens, int32_t silu, int32_t output_final_state, AtenTensorHandle* y, "
     "AtenTensorHandle* final_state"
 )
-CPU_SHIMS = {"chunk_gated_delta_rule": _RULE, "recurrent_gated_delta_rule": _RULE, "causal_conv1d": _CONV}
+CPU_SHIMS = {
+    "chunk_gated_delta_rule": _RULE,
+    "recurrent_gated_delta_rule": _RULE,
+    "chunk_gated_linear_attention": _LINEAR,
+    "recurrent_gated_linear_attention": _LINEAR,
+    "causal_conv1d": _CONV,
+}
 
 
 class InstructionSet(NamedTuple):

@@ -1,4 +1,4 @@
-"""``python -m perf op | gpu | cpu | tune | plot``; see the package's docstring. Needs torch and gdn_ops alone."""
+"""``python -m perf op | gpu | linear | cpu | tune | plot``; see the package's docstring. Needs torch and gdn_ops."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import torch
 from perf import runs
 from perf import tune as tuning
 from perf.cpu_providers import CPU_PROVIDERS
+from perf.linear_providers import LINEAR_PROVIDERS
+from perf.linear_providers import TASKS as LINEAR_TASKS
+from perf.linear_providers import cost as linear_cost
+from perf.linear_providers import peak_memory as linear_peak
 from perf.providers import PROVIDERS
 from perf.records import ROOT
 from perf.shapes import DIRECTIONS, DTYPES, SUITES, Shape, parse_shape
@@ -57,6 +61,15 @@ def gpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     rounds = zip_longest(*SUITES.values())
     tasks = [task for row in rounds for task in row if task is not None]
     runs.run(tasks, a.dtype, "cuda", _chosen(a.provider, PROVIDERS), _csv(a.out, "gpu.csv"), a.budget)
+
+
+def linear(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    _need_cuda(parser, a.device)
+    tasks = [(shape, d) for shape in a.shape for d in ("forward", "backward")] if a.shape else LINEAR_TASKS
+    dtype = a.dtype or ("bf16" if a.device == "cuda" else "fp32")
+    who, out = _chosen(a.provider, LINEAR_PROVIDERS), _csv(a.out, "linear.csv")
+    costs = runs.Costs(linear_cost, linear_peak)
+    runs.run(tasks, dtype, a.device, who, out, a.budget, warm=False, costs=costs)
 
 
 def cpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
@@ -117,6 +130,12 @@ def arguments() -> argparse.ArgumentParser:
     sub = command(gpu, "All suites on the CUDA device in one go.")
     sub.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     measured(sub, PROVIDERS, 150.0)
+
+    sub = command(linear, "Gated linear attention, Mamba2's rule, on CUDA or on the CPU.")
+    sub.add_argument("--shape", action="append", type=_shape, metavar="H,HV,N,T,K,V", help="default: Mamba2's sizes")
+    sub.add_argument("--dtype", choices=list(DTYPES), help="default bf16 on CUDA, fp32 on the CPU")
+    sub.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    measured(sub, LINEAR_PROVIDERS, 150.0)
 
     sub = command(cpu, "H16/HV32, D=128, fp32 next to transformers and ONNX Runtime.")
     sub.add_argument("--threads", type=int, default=2)

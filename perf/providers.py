@@ -83,9 +83,11 @@ def _gdn_ops_in_place(x: Inputs, direction: str) -> Call:
     return no_grad(lambda: (torch.ops.gdn.recurrent_gated_delta_rule_(*tensors, state, None, None, x.scale),))
 
 
-def by_autograd(function: Callable, x: Inputs, direction: str) -> Call:
-    """Backward or both through the public function's own graph."""
-    leaves = [t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v, x.g, x.beta)]
+def by_autograd(function: Callable, x: Inputs, direction: str, tensors: Sequence[torch.Tensor] | None = None) -> Call:
+    """Backward or both through the public function's own graph; ``tensors`` are its first arguments (the delta rule's
+    unless given)."""
+    tensors = (x.q, x.k, x.v, x.g, x.beta) if tensors is None else tensors
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
 
     def forward():
         return function(*leaves, scale=x.scale)[0]
@@ -250,12 +252,17 @@ def difference(x: torch.Tensor, reference: torch.Tensor) -> float:
 
 def peak_memory(x: Inputs) -> float | None:
     """MiB that forward and backward through the public function take beyond inputs that already exist (CUDA)."""
+    return peak_of(gdn_ops.chunk_gated_delta_rule, (x.q, x.k, x.v, x.g, x.beta), x)
+
+
+def peak_of(function: Callable, tensors: Sequence[torch.Tensor], x: Inputs) -> float | None:
+    """That of a public function whose first arguments are ``tensors``."""
     if x.q.device.type != "cuda":
         return None
-    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v, x.g, x.beta)]
+    leaves = [t.detach().requires_grad_() for t in tensors]
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    o, _ = gdn_ops.chunk_gated_delta_rule(*leaves, scale=x.scale)
+    o, _ = function(*leaves, scale=x.scale)
     torch.autograd.grad(o, leaves, x.do)
     return (torch.cuda.max_memory_allocated() - before) / 2**20

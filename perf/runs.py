@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,9 +17,19 @@ from perf.measure import Candidate, Ceilings, clocks_of, describe, floor_of, inp
 from perf.providers import Provider, bind_all
 from perf.records import ROOT, Recorder, Row, environment, make_row
 from perf.report import summary
-from perf.shapes import DTYPES, Inputs, Shape, cost, make_inputs
+from perf.shapes import DTYPES, Cost, Inputs, Shape, cost, make_inputs
 
 Task = tuple[Shape, str]
+
+
+class Costs(NamedTuple):
+    """What a rule takes at the least (``perf.shapes.cost``), and MiB that ours takes beyond its inputs."""
+
+    least: Callable[[Shape, str, torch.dtype], Cost]
+    peak: Callable[[Inputs], float | None]
+
+
+DELTA = Costs(cost, lambda x: providers.peak_memory(x))
 
 
 def parse_task(text: str) -> Task:
@@ -92,11 +103,11 @@ def warm_up(tasks: Sequence[Task], dtype: str, who: Sequence[Provider], seconds:
 
 def measure_task(
     task: Task, dtype: str, device: str, who: Sequence[Provider], seconds: float, recorder: Recorder,
-    ceilings: Ceilings,
+    ceilings: Ceilings, costs: Costs = DELTA,
 ) -> list[Row]:  # fmt: skip
     """One shape and direction for every provider; adds the rows to ``recorder`` and returns them."""
     shape, direction = task
-    least = cost(shape, direction, DTYPES[dtype])
+    least = costs.least(shape, direction, DTYPES[dtype])
     floor = floor_of(least, ceilings)
     count = input_sets(device, least.bytes)
     sets = [make_inputs(shape, DTYPES[dtype], device, seed) for seed in range(count)]
@@ -106,7 +117,7 @@ def measure_task(
     # The wall clock's preparation is a warm-up already, and a call on the CPU may take seconds.
     warm = 2 if device == "cuda" else 0
     measured = interleave(candidates, clocks_of(device), seconds, repeats, warm=warm) + failed
-    peak = _peak(sets[0]) if direction in ("backward", "forward+backward") else None
+    peak = _peak(sets[0], costs) if direction in ("backward", "forward+backward") else None
     rows = [
         make_row(
             shape, direction, dtype, m, least, floor, ceilings, errors.get(m.provider),
@@ -119,9 +130,9 @@ def measure_task(
     return rows
 
 
-def _peak(x: Inputs) -> float | None:
+def _peak(x: Inputs, costs: Costs) -> float | None:
     try:
-        return providers.peak_memory(x)
+        return costs.peak(x)
     except Exception as error:  # the times are there already and must not be lost
         print(f"peak memory: {describe(error)}", file=sys.stderr)
         return None
@@ -140,8 +151,9 @@ def _differences(candidates: Sequence[Candidate]) -> dict[str, float]:
 
 
 def run(
-    tasks: Sequence[Task], dtype: str, device: str, who: Sequence[Provider], csv: Path, budget: float, warm: bool = True
-) -> list[Row]:
+    tasks: Sequence[Task], dtype: str, device: str, who: Sequence[Provider], csv: Path, budget: float,
+    warm: bool = True, costs: Costs | None = None,
+) -> list[Row]:  # fmt: skip
     """Measures ``tasks`` in order within ``budget`` seconds (compilation included) and prints the summary.
 
     Providers that are not installed are named first; tasks that the budget leaves no time for are named at the end.
@@ -166,7 +178,7 @@ def run(
         share = left / (len(tasks) - i)
         seconds = min(2.0, share / 3) if device == "cuda" else 0.8 * share
         try:
-            rows = measure_task(task, dtype, device, who, seconds, recorder, ceilings)
+            rows = measure_task(task, dtype, device, who, seconds, recorder, ceilings, costs or DELTA)
         except Exception as error:  # inputs that do not fit must not lose the tasks after them
             print(f"not measured: {task[0]} {task[1]}: {describe(error)}", flush=True)
             continue

@@ -8,6 +8,8 @@ also held to 1e-11 here (strong gates sum to 1e4 and more, which costs four of f
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -94,6 +96,16 @@ def make_inputs(
     return {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": state, "cu_seqlens": cu_seqlens}
 
 
+def suited(function: Callable, inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Those of ``inputs`` that ``function`` takes: gated linear attention has no ``beta``."""
+    return {n: x for n, x in inputs.items() if n in inspect.signature(function).parameters}
+
+
+def make_inputs_of(function: Callable, *sizes, **options) -> dict[str, Tensor | None]:
+    """What :func:`make_inputs` makes, as far as ``function`` takes it."""
+    return suited(function, make_inputs(*sizes, **options))
+
+
 def leaves(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The same inputs, each differentiable one a fresh leaf (strides kept)."""
     return {n: x.detach().requires_grad_() if x is not None and n in GRADIENTS else x for n, x in inputs.items()}
@@ -111,16 +123,20 @@ def cotangents(inputs: dict[str, Tensor | None], seed: int = 1) -> tuple[Tensor,
 
 
 def expected(inputs: dict[str, Tensor | None], scale: float | None = None, **cotangent: Tensor) -> dict[str, Tensor]:
-    """``o`` and ``final_state`` of the specification in fp64, and with ``do=``, ``ds=`` every gradient by name."""
+    """``o`` and ``final_state`` of the specification in fp64, and with ``do=``, ``ds=`` every gradient by name.
+
+    Inputs without ``beta`` are those of gated linear attention.
+    """
+    rule = reference.gated_delta_rule if "beta" in inputs else reference.gated_linear_attention
     wide = {n: x if x is None or n == "cu_seqlens" else x.detach().cpu().double() for n, x in inputs.items()}
     wide = leaves(wide) if cotangent else wide
     if wide["cu_seqlens"] is not None:
         wide["cu_seqlens"] = wide["cu_seqlens"].cpu()
-    o, final_state = reference.gated_delta_rule(**wide, scale=scale)
+    o, final_state = rule(**wide, scale=scale)
     results = {"o": o.detach(), "final_state": final_state.detach()}
     if cotangent:
         loss = (o * cotangent["do"].cpu().double()).sum() + (final_state * cotangent["ds"].cpu().double()).sum()
-        names = [n for n in GRADIENTS if wide[n] is not None]
+        names = [n for n in GRADIENTS if wide.get(n) is not None]
         grads = torch.autograd.grad(loss, [wide[n] for n in names], allow_unused=True)
         for n, grad in zip(names, grads):
             results["d" + n] = torch.zeros_like(wide[n]) if grad is None else grad
@@ -152,7 +168,7 @@ def run_with_gradients(
     """``function`` of the public API on leaves of ``inputs``: outputs and gradients, named as in :func:`expected`."""
     x = leaves(inputs)
     o, final_state = function(**x, output_final_state=True, **flags)
-    names = [n for n in GRADIENTS if x[n] is not None]
+    names = [n for n in GRADIENTS if x.get(n) is not None]
     grads = torch.autograd.grad([o, final_state], [x[n] for n in names], [do, ds])
     return {"o": o, "final_state": final_state, **{"d" + n: grad for n, grad in zip(names, grads)}}
 

@@ -10,10 +10,23 @@ import torch
 import torch.nn.functional as F
 
 import gdn_ops
-from tests.oracle import DEVICES, TOLERANCE, assert_all_close, assert_close, cotangents, make_inputs, run_with_gradients
+from tests.oracle import (
+    DEVICES,
+    TOLERANCE,
+    assert_all_close,
+    assert_close,
+    cotangents,
+    make_inputs,
+    make_inputs_of,
+    run_with_gradients,
+)
 
 RULES = [gdn_ops.chunk_gated_delta_rule, gdn_ops.recurrent_gated_delta_rule]
+LINEAR = [gdn_ops.chunk_gated_linear_attention, gdn_ops.recurrent_gated_linear_attention]
 both_rules = pytest.mark.parametrize("function", RULES, ids=["chunk", "recurrent"])
+every_rule = pytest.mark.parametrize(
+    "function", RULES + LINEAR, ids=["chunk", "recurrent", "chunk_linear", "recurrent_linear"]
+)
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
 REQUIRED = inspect.Parameter.empty
@@ -48,6 +61,13 @@ def test_signatures_of_the_others():
     assert signature(gdn_ops.causal_conv1d_update_) == {
         "x": REQUIRED, "state": REQUIRED, "weight": REQUIRED, "bias": None, "activation": None, "state_indices": None,
     }  # fmt: skip
+    without = ("beta", *(n for n in RULE_SIGNATURE if n.startswith("use_")), "A_log", "dt_bias", "allow_neg_eigval")
+    linear = [(n, d) for n, d in RULE_SIGNATURE.items() if n not in without]
+    for function in LINEAR:
+        assert list(signature(function).items()) == linear
+    assert list(signature(gdn_ops.reference.gated_linear_attention)) == [
+        "q", "k", "v", "g", "scale", "initial_state", "cu_seqlens",
+    ]  # fmt: skip
     assert list(signature(gdn_ops.reference.gated_delta_rule)) == [
         "q", "k", "v", "g", "beta", "scale", "initial_state", "cu_seqlens",
     ]  # fmt: skip
@@ -121,17 +141,17 @@ def test_each_flag_against_the_specification(function, flag, dtype):
     assert_close(state, want_state, rounding * TOLERANCE[dtype].values, "final_state")
 
 
-@both_rules
-def test_g_none_is_the_delta_rule(function):
-    x = make_inputs(1, 70, 1, 2, 16, 24)
+@every_rule
+def test_g_none_is_no_decay(function):
+    x = make_inputs_of(function, 1, 70, 1, 2, 16, 24)
     o, _ = function(**{**x, "g": None})
     assert torch.equal(o, function(**{**x, "g": torch.zeros_like(x["g"])})[0])
 
 
-@both_rules
+@every_rule
 @on_devices
 def test_state_v_first_transposes_states_and_nothing_else(function, device):
-    x = make_inputs(2, 70, 2, 4, 16, 24, device=device, initial_state=True)
+    x = make_inputs_of(function, 2, 70, 2, 4, 16, 24, device=device, initial_state=True)
     o, state = function(**x, output_final_state=True)
     x["initial_state"] = x["initial_state"].mT.contiguous()
     o_v, state_v = function(**x, output_final_state=True, state_v_first=True)
@@ -140,18 +160,18 @@ def test_state_v_first_transposes_states_and_nothing_else(function, device):
     assert_close(state_v.mT, state, 1e-6, "final_state")
 
 
-@both_rules
+@every_rule
 def test_default_scale_and_optional_state(function):
-    x = make_inputs(1, 5, 1, 2, 16, 24)
+    x = make_inputs_of(function, 1, 5, 1, 2, 16, 24)
     o, state = function(**x)
     assert state is None
     assert torch.equal(o, function(**x, scale=0.25)[0])
     assert_close(function(**x, scale=0.5)[0], 2 * o, 1e-6, "o")
 
 
-@both_rules
+@every_rule
 def test_low_precision_states_are_widened(function):
-    x = make_inputs(1, 5, 1, 2, 16, 24, torch.bfloat16, initial_state=True)
+    x = make_inputs_of(function, 1, 5, 1, 2, 16, 24, torch.bfloat16, initial_state=True)
     x["initial_state"] = x["initial_state"].bfloat16()
     _, state = function(**x, output_final_state=True)
     assert state.dtype == torch.float32

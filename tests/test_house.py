@@ -19,7 +19,7 @@ FLOORS = {
     "gdn_ops.functional": 3.1,
     "gdn_ops": 3.2,
     "gdn_ops.nn": 4,
-    "gdn_ops.integrations": 4,
+    "gdn_ops.integrations": 4.2,
     "gdn_ops.distributed": 4,
     "gdn_ops.models": 4.1,
     "gdn_ops.lowering": 5,

@@ -35,6 +35,30 @@ def test_gated_delta_rule_is_the_papers_equation(initial_state):
     assert_close(state, state_paper, 1e-14, "final_state")
 
 
+@pytest.mark.parametrize("initial_state", [False, True])
+def test_gated_linear_attention_is_mamba2s_equation(initial_state):
+    """``h_t = a_t h_{t-1} + dt_t x_t B_t^T``, ``y_t = h_t C_t`` (arXiv 2405.21060, eq. 1, scalar A), head by head."""
+    x = make_inputs(2, 9, 2, 4, 5, 3, torch.float64, initial_state=initial_state)
+    o, state = reference.gated_linear_attention(**{n: t for n, t in x.items() if n != "beta"}, scale=1.0)
+    C, B, v, a = x["q"], x["k"], x["v"], x["g"].exp()
+    for b in range(2):
+        for head in range(4):
+            h = torch.zeros(3, 5, dtype=torch.float64) if not initial_state else x["initial_state"][b, head].T
+            for t in range(9):
+                h = a[b, t, head] * h + torch.outer(v[b, t, head], B[b, t, head // 2])
+                assert_close(o[b, t, head], h @ C[b, t, head // 2], 1e-14, "o")
+            assert_close(state[b, head], h.T, 1e-14, "final_state")
+
+
+def test_without_delta_a_key_written_twice_adds_up():
+    key = torch.eye(2, dtype=torch.float64)[:1].expand(1, 2, 1, 2)
+    v = torch.tensor([[[[1.0]], [[10.0]]]], dtype=torch.float64)
+    gate = torch.zeros(1, 2, 1, dtype=torch.float64)
+    added, _ = reference.gated_linear_attention(key, key, v, gate, scale=1.0)
+    replaced, _ = reference.gated_delta_rule(key, key, v, gate, gate + 1, scale=1.0)
+    assert added.flatten().tolist() == [1.0, 11.0] and replaced.flatten().tolist() == [1.0, 10.0]
+
+
 def test_orthogonal_keys_are_recalled_exactly():
     """With beta = 1, no decay and orthonormal keys, querying with a key gives back the value written at it."""
     keys = torch.eye(6, dtype=torch.float64)[None, :, None]

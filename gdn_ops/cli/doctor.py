@@ -13,6 +13,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,12 +164,14 @@ def _rule_inputs(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def _rule_expected(inputs: list[torch.Tensor], gradients: bool = False) -> tuple[torch.Tensor, ...]:
+    """Of the gated delta rule, or, for inputs without beta, of gated linear attention."""
     import torch
 
     from gdn_ops import reference
 
-    q, k, v, g, beta, state = wide = [x.detach().cpu().double().requires_grad_(gradients) for x in inputs]
-    o, final_state = reference.gated_delta_rule(q, k, v, g, beta, initial_state=state)
+    *tokens, state = wide = [x.detach().cpu().double().requires_grad_(gradients) for x in inputs]
+    rule = reference.gated_delta_rule if len(tokens) == 5 else reference.gated_linear_attention
+    o, final_state = rule(*tokens, initial_state=state)
     return torch.autograd.grad(_scalar(o, final_state), wide) if gradients else (o, final_state)
 
 
@@ -180,31 +183,27 @@ def _scalar(o: torch.Tensor, final_state: torch.Tensor) -> torch.Tensor:
     return (o.double() * weights).sum() + (final_state.double() * 0.1).sum()
 
 
-def _chunk(device: str, dtype: torch.dtype) -> float:
+def _rule(name: str, device: str, dtype: torch.dtype) -> float:
     import gdn_ops
 
-    *inputs, state = tensors = _rule_inputs(device, dtype)
-    result = gdn_ops.chunk_gated_delta_rule(*inputs, initial_state=state, output_final_state=True)
+    *inputs, state = tensors = _inputs_of(name, device, dtype)
+    result = getattr(gdn_ops, name)(*inputs, initial_state=state, output_final_state=True)
     return _error(result, _rule_expected(tensors))
 
 
-def _chunk_gradients(device: str, dtype: torch.dtype) -> float:
+def _rule_gradients(name: str, device: str, dtype: torch.dtype) -> float:
     import torch
 
     import gdn_ops
 
-    tensors = [x.requires_grad_() for x in _rule_inputs(device, dtype)]
-    *inputs, state = tensors
-    result = gdn_ops.chunk_gated_delta_rule(*inputs, initial_state=state, output_final_state=True)
+    *inputs, state = tensors = [x.requires_grad_() for x in _inputs_of(name, device, dtype)]
+    result = getattr(gdn_ops, name)(*inputs, initial_state=state, output_final_state=True)
     return _error(torch.autograd.grad(_scalar(*result), tensors), _rule_expected(tensors, gradients=True))
 
 
-def _recurrent(device: str, dtype: torch.dtype) -> float:
-    import gdn_ops
-
-    *inputs, state = tensors = _rule_inputs(device, dtype)
-    result = gdn_ops.recurrent_gated_delta_rule(*inputs, initial_state=state, output_final_state=True)
-    return _error(result, _rule_expected(tensors))
+def _inputs_of(name: str, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    *inputs, beta, state = _rule_inputs(device, dtype)
+    return [*inputs, beta, state] if name.endswith("delta_rule") else [*inputs, state]
 
 
 def _state_pool(device: str, dtype: torch.dtype) -> float:
@@ -276,10 +275,13 @@ def _compiled(device: str, dtype: torch.dtype) -> float:
 
 
 PROBES = {
-    "gdn::chunk_gated_delta_rule": _chunk,
-    "gdn::chunk_gated_delta_rule gradients": _chunk_gradients,
-    "gdn::recurrent_gated_delta_rule": _recurrent,
+    "gdn::chunk_gated_delta_rule": partial(_rule, "chunk_gated_delta_rule"),
+    "gdn::chunk_gated_delta_rule gradients": partial(_rule_gradients, "chunk_gated_delta_rule"),
+    "gdn::recurrent_gated_delta_rule": partial(_rule, "recurrent_gated_delta_rule"),
     "gdn::recurrent_gated_delta_rule_": _state_pool,
+    "gdn::chunk_gated_linear_attention": partial(_rule, "chunk_gated_linear_attention"),
+    "gdn::chunk_gated_linear_attention gradients": partial(_rule_gradients, "chunk_gated_linear_attention"),
+    "gdn::recurrent_gated_linear_attention": partial(_rule, "recurrent_gated_linear_attention"),
     "gdn::causal_conv1d and gradients": _conv,
     "gdn::causal_conv1d_update_": _conv_update,
 }

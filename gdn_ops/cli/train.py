@@ -31,7 +31,7 @@ def command(
     ],
     steps: Annotated[int, whole("--steps", 1, "Steps of the optimizer in the whole run.")],
     preset: Annotated[
-        str, typer.Option("--preset", help="Model: tiny, gdn-0.4b, h1-0.4b, gdn-1.3b, h1-1.3b.")
+        str, typer.Option("--preset", help="Model: tiny, gdn-0.4b, h1-1.3b, ... (gdn_ops.models.PRESETS).")
     ] = "tiny",
     set_: Annotated[
         list[str] | None,

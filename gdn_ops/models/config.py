@@ -10,7 +10,7 @@ from typing import Any
 from gdn_ops.models.mixers import MIXERS
 
 _LETTERS = {mixer.letter: name for name, mixer in MIXERS.items()}
-_OPTIONAL = ("num_v_heads", "num_key_value_heads", "attention_head_dim")
+_OPTIONAL = ("intermediate_size", "num_v_heads", "num_key_value_heads", "attention_head_dim")
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,16 @@ class HybridConfig:
     """Sizes of a :class:`gdn_ops.models.HybridLM`.
 
     Args:
-        vocab_size, hidden_size, num_hidden_layers, intermediate_size: of the embedding, the stream, the stack, the MLP.
+        vocab_size, hidden_size, num_hidden_layers, intermediate_size: of the embedding, the stream, the stack, the MLP;
+            without an ``intermediate_size`` a layer is its mixer alone, as in Mamba2.
         pattern: mixers of the layers, repeated until there are enough: letters (``"GS"`` is the paper's H1) or names
-            (``["gdn", "swa"]``). G, gdn: :class:`gdn_ops.nn.GatedDeltaNet`. S, swa:
-            :class:`gdn_ops.nn.SlidingWindowAttention`. Kept as a tuple of names.
-        num_heads, num_v_heads, head_k_dim, head_v_dim, conv_size, allow_neg_eigval: of the gated delta rule.
-        num_attention_heads, num_key_value_heads, attention_head_dim, window, rope_theta: of attention.
+            (``["gdn", "swa"]``). G, gdn: :class:`gdn_ops.nn.GatedDeltaNet`; D, deltanet: the same without decay. M,
+            mamba2: :class:`gdn_ops.nn.Mamba2`. S, swa: :class:`gdn_ops.nn.SlidingWindowAttention`; A, attention: the
+            same over ``max_position`` tokens. Kept as a tuple of names.
+        num_heads, num_v_heads, head_k_dim, head_v_dim, conv_size, allow_neg_eigval: of the delta rule.
+        use_short_conv, use_gate, use_decay, use_delta, use_qk_l2norm: what a gated delta net may do without.
+        mamba_head_dim, mamba_state_size, mamba_groups, mamba_expand: of Mamba2, which has the same ``conv_size``.
+        num_attention_heads, num_key_value_heads, attention_head_dim, window, max_position, rope_theta: of attention.
         norm_eps: of every norm.
         tie_word_embeddings: the output projection is the embedding.
         initializer_range: standard deviation of initial weights.
@@ -44,17 +48,27 @@ class HybridConfig:
     hidden_size: int = 1536
     num_hidden_layers: int = 12
     pattern: str | Sequence[str] = "GS"
-    intermediate_size: int = 6144
+    intermediate_size: int | None = 6144
     num_heads: int = 9
     num_v_heads: int | None = None
     head_k_dim: int = 128
     head_v_dim: int = 256
     conv_size: int = 4
     allow_neg_eigval: bool = False
+    use_short_conv: bool = True
+    use_gate: bool = True
+    use_decay: bool = True
+    use_delta: bool = True
+    use_qk_l2norm: bool = True
+    mamba_head_dim: int = 64
+    mamba_state_size: int = 128
+    mamba_groups: int = 1
+    mamba_expand: float = 2.0
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     attention_head_dim: int | None = None
     window: int = 2048
+    max_position: int = 4096
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
@@ -119,7 +133,21 @@ def _mixer_names(pattern: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-_PAPER_04B = {"hidden_size": 1536, "intermediate_size": 6144, "head_k_dim": 128, "head_v_dim": 256}
+# Of Gated DeltaNet and H1 the paper's own code gives the sizes (arXiv 2412.06464). The other models of its tables are
+# sized here to the same number of parameters: DeltaNet as Gated DeltaNet, Samba and H2 as H1, Transformer++ and Mamba2
+# (layers without an MLP) in the shapes that they usually have.
+_PAPER_04B = {
+    "hidden_size": 1536, "intermediate_size": 6144, "num_heads": 9, "head_k_dim": 128, "head_v_dim": 256,
+    "num_attention_heads": 12,
+}  # fmt: skip
+_PAPER_13B = {
+    "hidden_size": 2304, "intermediate_size": 6144, "num_heads": 9, "head_k_dim": 192, "head_v_dim": 384,
+    "num_attention_heads": 18,
+}  # fmt: skip
+_DELTA_13B = {
+    "hidden_size": 2400, "intermediate_size": 5888, "num_heads": 9, "head_k_dim": 200, "head_v_dim": 400,
+    "num_hidden_layers": 16,
+}  # fmt: skip
 _PRESETS: dict[str, dict[str, Any]] = {
     # Bytes; learns the look of source text in minutes on two cores. Windows of 32 wrap within a chunk of 64.
     "tiny": {
@@ -127,17 +155,22 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "num_heads": 3, "head_k_dim": 32, "head_v_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
         "window": 32,
     },
-    "gdn-0.4b": {**_PAPER_04B, "num_hidden_layers": 11, "pattern": "G", "num_heads": 9},
-    "h1-0.4b": {
-        **_PAPER_04B, "num_hidden_layers": 12, "pattern": "GS", "num_heads": 9, "num_attention_heads": 12,
+    "transformer-0.4b": {**_PAPER_04B, "num_hidden_layers": 12, "pattern": "A"},
+    "mamba2-0.4b": {**_PAPER_04B, "num_hidden_layers": 32, "pattern": "M", "intermediate_size": None},
+    "deltanet-0.4b": {**_PAPER_04B, "num_hidden_layers": 11, "pattern": "D"},
+    "gdn-0.4b": {**_PAPER_04B, "num_hidden_layers": 11, "pattern": "G"},
+    "samba-0.4b": {**_PAPER_04B, "num_hidden_layers": 12, "pattern": "MS"},
+    "h1-0.4b": {**_PAPER_04B, "num_hidden_layers": 12, "pattern": "GS"},
+    "h2-0.4b": {**_PAPER_04B, "num_hidden_layers": 12, "pattern": "MGS"},
+    "transformer-1.3b": {
+        "hidden_size": 2048, "num_hidden_layers": 24, "pattern": "A", "intermediate_size": 5632,
+        "num_attention_heads": 16,
     },
-    "gdn-1.3b": {
-        "hidden_size": 2400, "num_hidden_layers": 16, "pattern": "G", "intermediate_size": 5888, "num_heads": 9,
-        "head_k_dim": 200, "head_v_dim": 400,
-    },
-    "h1-1.3b": {
-        "hidden_size": 2304, "num_hidden_layers": 18, "pattern": "GS", "intermediate_size": 6144, "num_heads": 9,
-        "head_k_dim": 192, "head_v_dim": 384, "num_attention_heads": 18,
-    },
+    "mamba2-1.3b": {"hidden_size": 2048, "num_hidden_layers": 48, "pattern": "M", "intermediate_size": None},
+    "deltanet-1.3b": {**_DELTA_13B, "pattern": "D"},
+    "gdn-1.3b": {**_DELTA_13B, "pattern": "G"},
+    "samba-1.3b": {**_PAPER_13B, "num_hidden_layers": 18, "pattern": "MS"},
+    "h1-1.3b": {**_PAPER_13B, "num_hidden_layers": 18, "pattern": "GS"},
+    "h2-1.3b": {**_PAPER_13B, "num_hidden_layers": 18, "pattern": "MGS"},
 }  # fmt: skip
 PRESETS = tuple(_PRESETS)

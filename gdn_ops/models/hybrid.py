@@ -1,4 +1,4 @@
-"""A language model of stacked mixers: Gated DeltaNet, sliding-window attention, or any pattern of them.
+"""A language model of stacked mixers: Gated DeltaNet, DeltaNet, Mamba2, attention, or any pattern of them.
 
     x = embedding(input_ids)
     x = x + mixer(norm(x));  x = x + swiglu(norm(x))       every layer
@@ -26,8 +26,8 @@ from gdn_ops.models import generation, pretrained
 from gdn_ops.models.config import HybridConfig
 from gdn_ops.models.mixers import MIXERS
 from gdn_ops.nn import Padding, RMSNorm, SwiGLU
+from gdn_ops.nn.mixer import check_position
 from gdn_ops.nn.padding import check_rows
-from gdn_ops.nn.sliding_window_attention import check_position
 from gdn_ops.ops import save_list
 
 State = dict[str, Any]
@@ -44,14 +44,16 @@ class HybridOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: a mixer and an MLP, each after a norm and added to the stream."""
+    """One layer: a mixer and, if it has one, an MLP, each after a norm and added to the stream."""
 
     def __init__(self, config: HybridConfig, mixer: str) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = MIXERS[mixer].build(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = None
+        if config.intermediate_size is not None:
+            self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
         self,
@@ -62,7 +64,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         y, state = self.mixer(self.mixer_norm(x), state=state, cu_seqlens=cu_seqlens, lengths=lengths)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x)), state
 
 
 class HybridLM(nn.Module):

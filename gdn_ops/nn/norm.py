@@ -52,3 +52,28 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         return (self._wide(x) * F.silu(z.to(state_dtype(z)))).to(x.dtype)
+
+
+class GatedGroupRMSNorm(RMSNorm):
+    """``RMSNorm(x * silu(z))`` over ``groups`` equal parts of the last dimension apart: Mamba2's (arXiv 2405.21060).
+
+    ``x`` and ``z`` have one shape, ``[..., size]``; the result has z's dtype, ``x`` may be wider.
+
+    Example::
+
+        >>> x, z = torch.randn(2, 1, 5, 32)
+        >>> GatedGroupRMSNorm(32, groups=4)(x, z).shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(self, size: int, groups: int = 1, eps: float = 1e-5) -> None:
+        super().__init__(size, eps)
+        if groups < 1 or size % groups:
+            raise ValueError(f"groups: expected a divisor of size={size}, got {groups}")
+        self.groups = groups
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        wide = state_dtype(x)
+        x = (x.to(wide) * F.silu(z.to(wide))).unflatten(-1, (self.groups, -1))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (x.flatten(-2) * self.weight).to(z.dtype)

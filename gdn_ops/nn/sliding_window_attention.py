@@ -13,6 +13,8 @@ the tokens seen. Keys are stored rotated. One token (decode) overwrites its slot
 order does not matter; longer input reads the ring in order of time in front of its own keys. Nothing is written in
 place.
 
+**Short input.** T tokens within the window, where nothing is remembered, are plain causal attention, without blocks.
+
 **Symbolic sizes.** A compiler that meets a size asks whether it is 0 or 1, or whether one fits into another, and lets
 its program run only where the answer is the same. So while it traces there is one block more than needed (never just
 1), padding is by constants, and export picks by index instead of cutting.
@@ -25,15 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from gdn_ops.nn.padding import Padding, check_hidden_states, check_rows
+from gdn_ops.nn.mixer import Mixer
 from gdn_ops.nn.rotary import rotate
-from gdn_ops.validation import state as check_state
 
 QUERY_BLOCK, TRAINING_BLOCK = 128, 512
 
 
-class SlidingWindowAttention(nn.Module):
+class SlidingWindowAttention(Mixer):
     """Sliding-window attention with rotary positions and grouped key and value heads, as a mixer of tokens.
+
+    Positions count real tokens and start at 0 in every packed sequence. Packed sequences (``cu_seqlens``) neither take
+    nor give a state. Within a window as long as any sequence it is full attention.
 
     Args:
         hidden_size: width of the input and the output.
@@ -84,63 +88,23 @@ class SlidingWindowAttention(nn.Module):
         return f"heads={self.num_heads}x{self.head_dim}, kv_heads={self.num_kv_heads}, window={self.window}"
 
     @property
-    def state_names(self) -> tuple[str, ...]:
-        """The keys of a state."""
-        return tuple(self._state_shapes(1))
-
-    def init_state(
-        self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor]:
-        """The state before the first token: zeros. ``dtype`` (default the weights') is that of keys and values."""
-        weight = self.o_proj.weight
-        device, dtype = device or weight.device, dtype or weight.dtype
-        dtypes = {"key": dtype, "value": dtype, "position": torch.int64}
-        shapes = self._state_shapes(batch)
-        return {name: torch.zeros(shape, device=device, dtype=dtypes[name]) for name, shape in shapes.items()}
+    def input_weight(self) -> Tensor:
+        return self.qkv_proj.weight
 
     def _state_shapes(self, batch) -> dict[str, tuple]:
         ring = (batch, self.window, self.num_kv_heads, self.head_dim)
         return {"key": ring, "value": ring, "position": (batch,)}
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        state: dict[str, Tensor] | None = None,
-        cu_seqlens: Tensor | None = None,
-        output_state: bool = False,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Attends within ``hidden_states [B, T, hidden_size]`` and to what ``state`` remembers.
+    def _state_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {"position": torch.int64}
 
-        Arguments, results and errors as those of :meth:`gdn_ops.nn.GatedDeltaNet.forward`, with one exception: packed
-        sequences (``cu_seqlens``) neither take nor give a state. Positions count real tokens and start at 0 in every
-        packed sequence.
-        """
-        check_hidden_states(hidden_states, self.qkv_proj.weight)
-        check_rows(hidden_states, "hidden_states", attention_mask, lengths, cu_seqlens)
-        output_state = output_state or state is not None
+    def _check_call(self, state, hidden_states, cu_seqlens, output_state) -> None:
+        """Packed sequences neither take nor give a state here."""
         if cu_seqlens is not None and output_state:
             raise ValueError("cu_seqlens: expected None with state or output_state in attention, got a tensor")
-        self._check_state(state, hidden_states)
-        if attention_mask is None:
-            return self._attend(hidden_states, lengths, state, cu_seqlens, output_state)
-        padding = Padding.of(attention_mask)
-        y, state = self._attend(padding.compact(hidden_states), padding.lengths, state, None, output_state)
-        return padding.restore(y), state
+        super()._check_call(state, hidden_states, cu_seqlens, output_state)
 
-    def _check_state(self, state, hidden_states) -> None:
-        if state is None:
-            return
-        shapes = self._state_shapes(hidden_states.shape[0])
-        if not isinstance(state, dict) or state.keys() != shapes.keys():
-            got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state: expected a dict of {', '.join(shapes)}, got {got}")
-        for name in ("key", "value"):
-            check_state(state[name], f"state[{name!r}]", shapes[name], hidden_states, "hidden_states")
-        check_position(state["position"], hidden_states.shape[0], hidden_states.device)
-
-    def _attend(self, x, lengths, state, cu_seqlens, output_state) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def _mix(self, x, lengths, state, cu_seqlens, output_state) -> tuple[Tensor, dict[str, Tensor] | None]:
         T = x.shape[1]
         sizes = [self.num_heads * self.head_dim, *[self.num_kv_heads * self.head_dim] * 2]
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x).split(sizes, dim=-1))
@@ -154,6 +118,8 @@ class SlidingWindowAttention(nn.Module):
         q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
         if statically_known_true(T == 1) and state is not None and lengths is None:
             o, new_state = self._one_token(q, k, v, state)
+        elif statically_known_true(self.window >= T) and not output_state and cu_seqlens is None:
+            o, new_state = _within_window(q, k, v), None
         else:
             o, k, v = self._blocks(q, k, v, state, sequence)
             new_state = self._advance(state, k, v, T if lengths is None else lengths) if output_state else None
@@ -223,17 +189,12 @@ class SlidingWindowAttention(nn.Module):
         return {**ring, "position": end}
 
 
-def check_position(position: Tensor, rows, device: torch.device) -> None:
-    """ValueError or TypeError unless ``position [rows]`` may count the tokens that each row has seen."""
-    name = "state['position']"
-    if not isinstance(position, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(position).__name__}")
-    if position.dtype != torch.int64:
-        raise TypeError(f"{name}: expected dtype torch.int64, got {position.dtype}")
-    if position.dim() != 1 or position.shape[0] != rows:
-        raise ValueError(f"{name}: expected shape ({rows},), got {tuple(position.shape)}")
-    if position.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {position.device}")
+def _within_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of each token to all before it, ``[B, T, H * D]``; padding on the right of a row is seen by none."""
+    # Repeated rather than ``enable_gqa``, which torch's memory-efficient kernels do not take.
+    k, v = (y.repeat_interleave(q.shape[2] // k.shape[2], 2) for y in (k, v))
+    o = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), is_causal=True)
+    return o.transpose(1, 2).flatten(2)
 
 
 def _pad(x: Tensor, before: int, after: int, ring: Tensor | None = None, value: int = 0) -> Tensor:

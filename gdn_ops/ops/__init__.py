@@ -12,6 +12,11 @@ from gdn_ops.ops.gated_delta_rule import (
     recurrent_gated_delta_rule,
     recurrent_gated_delta_rule_,
 )
+from gdn_ops.ops.gated_linear_attention import (
+    chunk_gated_linear_attention,
+    chunk_gated_linear_attention_backward,
+    recurrent_gated_linear_attention,
+)
 
 __all__ = [
     "batch_invariant",
@@ -20,8 +25,11 @@ __all__ = [
     "causal_conv1d_update_",
     "chunk_gated_delta_rule",
     "chunk_gated_delta_rule_backward",
+    "chunk_gated_linear_attention",
+    "chunk_gated_linear_attention_backward",
     "recurrent_gated_delta_rule",
     "recurrent_gated_delta_rule_",
+    "recurrent_gated_linear_attention",
     "save_list",
 ]
 
@@ -36,4 +44,4 @@ def save_list() -> list[torch._ops.OpOverload]:
         >>> context = partial(create_selective_checkpoint_contexts, save_list())
         >>> y = checkpoint(layer, x, use_reentrant=False, context_fn=context)  # doctest: +SKIP
     """
-    return [chunk_gated_delta_rule]
+    return [chunk_gated_delta_rule, chunk_gated_linear_attention]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.kernels.cpu import gated_delta_rule as cpu
+from gdn_ops.kernels.cpu.chunks import CHUNK
 from gdn_ops.ops.registration import fresh, register, vmap_by_loop
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta"
@@ -22,24 +23,25 @@ def state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _sequence_count(q: Tensor, cu_seqlens: Tensor | None):
+def sequence_count(q: Tensor, cu_seqlens: Tensor | None):
+    """Rows of the batch, or packed sequences."""
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _fake_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state):
-    N = _sequence_count(q, cu_seqlens) if output_final_state else 0
+    N = sequence_count(q, cu_seqlens) if output_final_state else 0
     return fresh(v, *v.shape), fresh(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q))
 
 
 def _fake_backward(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale):
-    N = 0 if initial_state is None else _sequence_count(q, cu_seqlens)
+    N = 0 if initial_state is None else sequence_count(q, cu_seqlens)
     dS = fresh(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q))
     return (*(fresh(x, *x.shape) for x in (q, k, v, g, beta)), dS)
 
 
 def _forward_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
     """Products of one chunkwise pass over ``q, k, v`` shapes at chunk C (multiply and add count two)."""
-    (B, T, HV, V), K, C = v, k[-1], cpu.CHUNK
+    (B, T, HV, V), K, C = v, k[-1], CHUNK
     return 2 * B * T * HV * (2 * C * K + C * K + 2 * C * V + C * C // 3 + 3 * K * V)
 
 

@@ -1,8 +1,8 @@
 """What each operator becomes in an ONNX file.
 
-``translation`` brings the operators through torch's exporter, each as one node ``gdn_ops::GatedDeltaRule`` or
-``gdn_ops::CausalConv1d``; ``rule``, ``conv`` and ``contrib`` say in plain ONNX what nodes compute; ``targets`` turns
-the two into what a target wants; ``stamps`` raises and checks the opsets.
+``translation`` brings the operators through torch's exporter, each as one node ``gdn_ops::GatedDeltaRule``,
+``gdn_ops::GatedLinearAttention`` or ``gdn_ops::CausalConv1d``; ``rule``, ``conv`` and ``contrib`` say in plain ONNX
+what nodes compute; ``targets`` turns them into what a target wants; ``stamps`` raises and checks the opsets.
 
 | target | rule | convolution | opset |
 |---|---|---|---|
@@ -10,6 +10,9 @@ the two into what a target wants; ``stamps`` raises and checks the opsets.
 | ``ort``, fp32 | ``com.microsoft::LinearAttention`` | ``com.microsoft::CausalConvWithState`` | 18 |
 | ``ort``, fp16 | ``com.microsoft::GatedDeltaNet`` | ``com.microsoft::CausalConvWithState`` | 18 |
 | ``onnx27`` | ``ai.onnx::LinearAttention`` | ``ai.onnx::CausalConvWithState`` | 27 |
+
+Gated linear attention is ``gdn_ops::GatedLinearAttention`` in the first three rows and ``ai.onnx::LinearAttention``
+(``update_rule="gated"``) in the last.
 
 The nodes of the first three rows are functions with their bodies in the file; ONNX Runtime has kernels for those of
 ``com.microsoft`` and runs them instead.

@@ -1,4 +1,5 @@
-"""The gated delta rule in operators of opset 18: the local function ``gdn_ops::GatedDeltaRule``, all fp32.
+"""The rules in operators of opset 18, all fp32: the local functions ``gdn_ops::GatedDeltaRule`` and, the same without
+beta and with ``V' = V``, ``gdn_ops::GatedLinearAttention``.
 
 One token (decode) has a branch of its own. Longer input is a ``Scan`` over chunks of ``CHUNK`` tokens; the tokens that
 the last chunk lacks are copies of the last one with ``g = beta = 0``, which change no state. T is at least 1: runtimes
@@ -50,7 +51,6 @@ _TOKEN = """
   q_first = Slice (q, zero, one, one)
   v_first = Slice (v, zero, one, one)
   g_first = Slice (g, zero, one, one)
-  beta_first = Slice (beta, zero, one, one)
   k_shared = Reshape (k_first, one_a_key_head)
   q_shared = Reshape (q_first, one_a_key_head)
   k_each = Expand (k_shared, one_a_value_head)
@@ -61,14 +61,10 @@ _TOKEN = """
   q1 = Mul (q_plain, scale)
   v1 = Reshape (v_first, value_row)
   g1 = Reshape (g_first, gate_one)
-  beta1 = Reshape (beta_first, gate_one)
   decay = Exp (g1)
-  k_S = MatMul (k1, initial_state)
   q_S = MatMul (q1, initial_state)
-  k_decayed = Mul (k_S, decay)
   q_decayed = Mul (q_S, decay)
-  missing = Sub (v1, k_decayed)
-  written = Mul (missing, beta1)
+{written}
   kept = Mul (initial_state, decay)
   added = Mul (k1_T, written)
   S_token = Add (kept, added)
@@ -78,6 +74,15 @@ _TOKEN = """
   token_shape = Concat <axis = 0> (B, one, HV, V)
   o_first = Reshape (o1, token_shape)
   o_token = Expand (o_first, o_shape)
+"""
+
+_TOKEN_DELTA = """
+  beta_first = Slice (beta, zero, one, one)
+  beta1 = Reshape (beta_first, gate_one)
+  k_S = MatMul (k1, initial_state)
+  k_decayed = Mul (k_S, decay)
+  missing = Sub (v1, k_decayed)
+  written = Mul (missing, beta1)
 """
 
 _CHUNK = """
@@ -94,18 +99,11 @@ _CHUNK = """
   k_h = Gather <axis = 0> (k_rows, key_rows)
   v_h = Gather <axis = 0> (v_rows, value_rows)
   g_t = Gather <axis = 1> (g, tokens)
-  beta_t = Gather <axis = 1> (beta, tokens)
   g_h = Transpose <perm = [0, 2, 1]> (g_t)
-  beta_h = Transpose <perm = [0, 2, 1]> (beta_t)
   q_h = Mul (q_plain, scale)
-  kq_h = Concat <axis = 2> (k_h, q_h)
-  kq = Unsqueeze (kq_h, two)
   kc = Unsqueeze (k_h, two)
   vc = Reshape (v_h, value_chunk)
   gc = Mul (g_h, real)
-  beta_c = Mul (beta_h, real)
-  beta_col = Reshape (beta_c, gate_col)
-  beta_row = Reshape (beta_c, gate_row)
 
   exponent = MatMul (gc, between)
   masked = Add (exponent, never)
@@ -119,6 +117,24 @@ _CHUNK = """
   to_end = Reshape (D_last, gate_col)
 
   k_T = Transpose <perm = [0, 1, 2, 4, 3]> (kc)
+{written}
+  k_end = Mul (kc, to_end)
+  k_end_T = Transpose <perm = [0, 1, 2, 4, 3]> (k_end)
+  kept = Mul (S_before, whole)
+  added = MatMul (k_end_T, written)
+  S_after = Add (kept, added)
+  own = MatMul (P, written)
+  o_c = Add (q_S, own)
+"""
+
+_CHUNK_DELTA = """
+  beta_t = Gather <axis = 1> (beta, tokens)
+  beta_h = Transpose <perm = [0, 2, 1]> (beta_t)
+  beta_c = Mul (beta_h, real)
+  beta_col = Reshape (beta_c, gate_col)
+  beta_row = Reshape (beta_c, gate_row)
+  kq_h = Concat <axis = 2> (k_h, q_h)
+  kq = Unsqueeze (kq_h, two)
   kq_k = MatMul (kq, k_T)
   kk, qk = Split <axis = 3, num_outputs = 2> (kq_k)
   kk_D = Mul (kk, D)
@@ -133,13 +149,17 @@ _CHUNK = """
   k_S, q_S = Split <axis = 3, num_outputs = 2> (kq_S)
   missing = Sub (vc, k_S)
   written = MatMul (M, missing)
-  k_end = Mul (kc, to_end)
-  k_end_T = Transpose <perm = [0, 1, 2, 4, 3]> (k_end)
-  kept = Mul (S_before, whole)
-  added = MatMul (k_end_T, written)
-  S_after = Add (kept, added)
-  own = MatMul (P, written)
-  o_c = Add (q_S, own)
+"""
+
+_CHUNK_LINEAR = """
+  real_value = Unsqueeze (real, down)
+  shown = Mul (v_h, real_value)
+  written = Reshape (shown, value_chunk)
+  qc = Unsqueeze (q_h, two)
+  qk = MatMul (qc, k_T)
+  P = Mul (qk, D)
+  q_start = Mul (qc, from_start)
+  q_S = MatMul (q_start, S_before)
 """
 
 _CHUNKS = """
@@ -224,6 +244,9 @@ _MASKS = """
   never_square = Where (lower, nothing, strongest)
   never_shape = Constant <value_ints = [{CC}]> ()
   never = Reshape (never_square, never_shape)
+"""
+
+_BLOCKS = """
   last_axes = Constant <value_ints = [-2, -1]> ()
   minus_three = Constant <value_ints = [-3]> ()
   block0 = Constant <value_int = {block}> ()
@@ -337,7 +360,19 @@ def rule(chunk: int = CHUNK, block: int = BLOCK) -> FunctionProto:
             raise ValueError(f"{name}: expected a power of two from 2, got {size}")
     block = min(block, chunk)
     inverse, constants = _inverse(chunk, block)
-    masks = _MASKS.format(C=chunk, CC=chunk * chunk, NEVER=NEVER, block=block) + constants
-    chunks = _CHUNKS.format(C=chunk, last=chunk - 1, masks=masks, chunk=_CHUNK.format(inverse=inverse))
     signature = "GatedDeltaRule <scale> (q, k, v, g_in, beta, initial_state) => (o, final_state)"
-    return function(signature, _RULE.format(WEAKEST=WEAKEST, token=_TOKEN, chunks=chunks))
+    body = _body(chunk, _TOKEN_DELTA, _CHUNK_DELTA.format(inverse=inverse), _BLOCKS.format(block=block) + constants)
+    return function(signature, body)
+
+
+def linear_rule(chunk: int = CHUNK) -> FunctionProto:
+    """``gdn_ops::GatedLinearAttention <scale> (q, k, v, g, initial_state) => (o, final_state)``, all fp32."""
+    signature = "GatedLinearAttention <scale> (q, k, v, g_in, initial_state) => (o, final_state)"
+    return function(signature, _body(chunk, "  written = Identity (v1)\n", _CHUNK_LINEAR))
+
+
+def _body(chunk: int, token_written: str, chunk_written: str, constants: str = "") -> str:
+    """The text of a rule: how a token and a chunk make what they write (and what they read) is all that differs."""
+    masks = _MASKS.format(C=chunk, CC=chunk * chunk, NEVER=NEVER) + constants
+    chunks = _CHUNKS.format(C=chunk, last=chunk - 1, masks=masks, chunk=_CHUNK.format(written=chunk_written))
+    return _RULE.format(WEAKEST=WEAKEST, token=_TOKEN.format(written=token_written), chunks=chunks)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gdn_ops.lowering.onnx import contrib
 from gdn_ops.lowering.onnx.conv import conv
 from gdn_ops.lowering.onnx.function import CONTRIB, OPSET
-from gdn_ops.lowering.onnx.rule import rule
-from gdn_ops.lowering.onnx.translation import CONV, DOMAIN, RULE
+from gdn_ops.lowering.onnx.rule import linear_rule, rule
+from gdn_ops.lowering.onnx.translation import CONV, DOMAIN, LINEAR, RULE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -102,12 +102,13 @@ def _wide(build: _Build) -> list[ir.Value]:
 
 
 def _portable_rule(build: _Build) -> str:
+    """Either rule, as the local function of its own name."""
     q, *_ = build.node.inputs
     outputs = [(build.float, x.shape) for x in build.node.outputs]
-    scale = build.node.attributes["scale"].as_float()
-    o, state = build.fused(DOMAIN, RULE, _wide(build), outputs, scale=scale)
+    scale, kind = build.node.attributes["scale"].as_float(), build.node.op_type
+    o, state = build.fused(DOMAIN, kind, _wide(build), outputs, scale=scale)
     build.replace(build.cast(o, q.dtype), state)
-    return f"{DOMAIN}::{RULE}"
+    return f"{DOMAIN}::{kind}"
 
 
 def _portable_conv(build: _Build) -> str:
@@ -122,14 +123,15 @@ def _portable_conv(build: _Build) -> str:
 def _linear_attention(build: _Build, domain: str, repeat: bool) -> None:
     """``LinearAttention`` on packed heads; with ``repeat``, each value head gets a query and key head of its own."""
     (H, K), (HV, V) = build.sizes(build.node.inputs[0], 2), build.sizes(build.node.inputs[2], 2)
-    dtype, (q, k, v, g, beta, state) = build.node.inputs[0].dtype, _wide(build)
+    dtype, (q, k, v, *gates, state) = build.node.inputs[0].dtype, _wide(build)
     if repeat and HV > H:
         heads = build.ints(*(i // (HV // H) for i in range(HV)))
         q, k, H = build.op("Gather", q, heads, axis=2), build.op("Gather", k, heads, axis=2), HV
-    inputs = [build.pack(q, H * K), build.pack(k, H * K), build.pack(v, HV * V), state, g, beta]
+    inputs = [build.pack(q, H * K), build.pack(k, H * K), build.pack(v, HV * V), state, *gates]
     packed = None if build.node.outputs[0].shape is None else [*build.node.outputs[0].shape[:2], HV * V]
     outputs = [(build.float, packed), (build.float, build.node.outputs[1].shape)]
-    attributes = {"scale": _scale(build), "q_num_heads": H, "kv_num_heads": HV, "update_rule": "gated_delta"}
+    attributes = {"scale": _scale(build), "q_num_heads": H, "kv_num_heads": HV}
+    attributes["update_rule"] = "gated_delta" if build.node.op_type == RULE else "gated"
     o, state = build.fused(domain, "LinearAttention", inputs, outputs, **attributes)
     build.replace(build.cast(build.unpack(o, HV, V), dtype), state)
 
@@ -195,9 +197,10 @@ def _standard_conv(build: _Build) -> str:
 
 
 _RULES: dict[str, dict[str, Callable[[_Build], str]]] = {
-    "portable": {RULE: _portable_rule, CONV: _portable_conv},
-    "ort": {RULE: _ort_rule, CONV: _ort_conv},
-    "onnx27": {RULE: _standard_rule, CONV: _standard_conv},
+    "portable": {RULE: _portable_rule, LINEAR: _portable_rule, CONV: _portable_conv},
+    # A file may hold both rules, and a function of one name has one body.
+    "ort": {RULE: _ort_rule, LINEAR: _portable_rule, CONV: _ort_conv},
+    "onnx27": {RULE: _standard_rule, LINEAR: _standard_rule, CONV: _standard_conv},
 }
 OPSETS = {"portable": OPSET, "ort": OPSET, "onnx27": 27}
 
@@ -206,6 +209,7 @@ def _functions(names: list[str]) -> list[FunctionProto]:
     """The bodies of the nodes called ``names``, and those that they call."""
     makers = {
         f"{DOMAIN}::{RULE}": [rule],
+        f"{DOMAIN}::{LINEAR}": [linear_rule],
         f"{DOMAIN}::{CONV}": [conv],
         f"{CONTRIB}::LinearAttention": [rule, contrib.linear_attention],
         f"{CONTRIB}::GatedDeltaNet": [rule, contrib.gated_delta_net],

@@ -1,10 +1,11 @@
 """Brings the operators through ``torch.onnx.export``, each as one node of the domain ``gdn_ops``.
 
 torch's exporter, asked for an operator that its opset lacks, warns and returns an invalid model; asked for one of a
-registered domain, it keeps it whole. So the two nodes below are registered while the exporter runs, and what they
+registered domain, it keeps it whole. So the nodes below are registered while the exporter runs, and what they
 become is decided afterwards (``targets``).
 
     o, final_state = gdn_ops::GatedDeltaRule <scale> (q, k, v, g, beta, initial_state)
+    o, final_state = gdn_ops::GatedLinearAttention <scale> (q, k, v, g, initial_state)
     y, final_state = gdn_ops::CausalConv1d <silu> (x, weight, bias, initial_state)
 
 Layouts are those of ``gdn_ops.reference``; no input is optional: an absent state or bias arrives as zeros.
@@ -18,11 +19,16 @@ from collections.abc import Callable, Iterator
 import torch
 from gdn_ops.lowering.onnx.function import DOMAIN
 
-RULE, CONV = "GatedDeltaRule", "CausalConv1d"
+RULE, LINEAR, CONV = "GatedDeltaRule", "GatedLinearAttention", "CausalConv1d"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 _SIGNATURES = {
     RULE: (
         {"q": "T", "k": "T", "v": "T", "g": "G", "beta": "W", "initial_state": "S"},
+        {"o": "T", "final_state": "S"},
+        ("scale", "FLOAT"),
+    ),
+    LINEAR: (
+        {"q": "T", "k": "T", "v": "T", "g": "G", "initial_state": "S"},
         {"o": "T", "final_state": "S"},
         ("scale", "FLOAT"),
     ),
@@ -40,7 +46,8 @@ _PACKED = (
 
 def unsupported_operators(operators: list[str]) -> dict[str, str]:
     """The ``gdn::`` operators among ``operators`` that have no form in ONNX, and why."""
-    known = ("gdn::chunk_gated_delta_rule", "gdn::recurrent_gated_delta_rule", "gdn::causal_conv1d")
+    rules = ("gated_delta_rule", "gated_linear_attention")
+    known = (*(f"gdn::{form}_{rule}" for rule in rules for form in ("chunk", "recurrent")), "gdn::causal_conv1d")
     reasons = {}
     for name in operators:
         plain = name.removesuffix(".default")
@@ -77,14 +84,23 @@ def _table() -> dict[Callable, Callable]:
         zero = op.Constant(value_ints=[0])
         return op.Slice(state, zero, zero, zero)
 
-    def rule(q, k, v, g, beta, initial_state, cu_seqlens, scale: float, output_final_state: bool):
+    def start(q, v, initial_state, cu_seqlens):
         if cu_seqlens is not None:
             raise ValueError(_PACKED)
-        if initial_state is None:
-            sizes = op.Constant(value_ints=[v.shape[2], q.shape[3], v.shape[3]])
-            shape = op.Concat(op.Shape(v, start=0, end=1), sizes, axis=0)
-            initial_state = op.Expand(op.Constant(value_float=0.0), shape)
-        o, state = domain.GatedDeltaRule(q, k, v, g, beta, initial_state, scale=scale)
+        if initial_state is not None:
+            return initial_state
+        sizes = op.Constant(value_ints=[v.shape[2], q.shape[3], v.shape[3]])
+        shape = op.Concat(op.Shape(v, start=0, end=1), sizes, axis=0)
+        return op.Expand(op.Constant(value_float=0.0), shape)
+
+    def rule(q, k, v, g, beta, initial_state, cu_seqlens, scale: float, output_final_state: bool):
+        before = start(q, v, initial_state, cu_seqlens)
+        o, state = domain.GatedDeltaRule(q, k, v, g, beta, before, scale=scale)
+        return o, state if output_final_state else empty(state)
+
+    def linear(q, k, v, g, initial_state, cu_seqlens, scale: float, output_final_state: bool):
+        before = start(q, v, initial_state, cu_seqlens)
+        o, state = domain.GatedLinearAttention(q, k, v, g, before, scale=scale)
         return o, state if output_final_state else empty(state)
 
     def conv(x, weight, bias, initial_state, cu_seqlens, silu: bool, output_final_state: bool):
@@ -103,6 +119,8 @@ def _table() -> dict[Callable, Callable]:
     return {
         torch.ops.gdn.chunk_gated_delta_rule.default: rule,
         torch.ops.gdn.recurrent_gated_delta_rule.default: rule,
+        torch.ops.gdn.chunk_gated_linear_attention.default: linear,
+        torch.ops.gdn.recurrent_gated_linear_attention.default: linear,
         torch.ops.gdn.causal_conv1d.default: conv,
     }
 

@@ -17,7 +17,7 @@ from tests.models.models import make, tokens
 from tests.oracle import TOLERANCE, assert_close
 
 LENGTHS = (70, 5, 64, 130)
-on_patterns = pytest.mark.parametrize("pattern", ["G", "GS"])
+on_patterns = pytest.mark.parametrize("pattern", ["G", "GS", "MA"])
 
 
 @pytest.fixture(autouse=True)

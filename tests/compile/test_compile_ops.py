@@ -18,14 +18,21 @@ from tests.oracle import (
     leaves,
     make_conv_inputs,
     make_inputs,
+    make_inputs_of,
     run_with_gradients,
+    suited,
 )
 
-FUNCTIONS = [gdn_ops.chunk_gated_delta_rule, gdn_ops.recurrent_gated_delta_rule]
+FUNCTIONS = {
+    "chunk": gdn_ops.chunk_gated_delta_rule,
+    "recurrent": gdn_ops.recurrent_gated_delta_rule,
+    "chunk_linear": gdn_ops.chunk_gated_linear_attention,
+    "recurrent_linear": gdn_ops.recurrent_gated_linear_attention,
+}
 TOKENS = ("q", "k", "v", "g", "beta")
 LENGTHS = (5, 64, 65, 130)
 on_devices = pytest.mark.parametrize("device", DEVICES)
-both_forms = pytest.mark.parametrize("function", FUNCTIONS, ids=["chunk", "recurrent"])
+both_forms = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -48,17 +55,18 @@ def test_one_graph_for_every_length(function, packed):
     """Forward and backward at many T: one compilation, no graph break, the numbers of the specification."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True)
+    flags = suited(function, {"use_qk_l2norm_in_kernel": True})
     for i, T in enumerate(LENGTHS):
         bounds = [0, 2, 2, T] if packed else None
-        x = make_inputs(1 if packed else 2, T, 2, 4, 16, 24, initial_state=True, cu_seqlens=bounds)
+        x = make_inputs_of(function, 1 if packed else 2, T, 2, 4, 16, 24, initial_state=True, cu_seqlens=bounds)
         do, ds = cotangents(x)
         y = mark_length(leaves(x))
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
-            o, state = compiled(**y, output_final_state=True, use_qk_l2norm_in_kernel=True)
+            o, state = compiled(**y, output_final_state=True, **flags)
         names = [n for n in y if y[n] is not None and n != "cu_seqlens"]
         grads = torch.autograd.grad([o, state], [y[n] for n in names], [do, ds])
         got = {"o": o, "final_state": state, **{"d" + n: grad for n, grad in zip(names, grads)}}
-        want = run_with_gradients(function, x, do, ds, use_qk_l2norm_in_kernel=True)
+        want = run_with_gradients(function, x, do, ds, **flags)
         assert_all_close(got, want, torch.float32)
     assert counter.frame_count == 1
 
@@ -152,60 +160,70 @@ def test_activation_checkpointing_with_the_save_list(device):
         assert_close(g, w, 5e-5, "d" + n)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=["chunk", "recurrent"])
+@both_forms
 def test_export_keeps_one_node_an_operator(function):
     """Non-strict export with dynamic T; the program runs at other lengths."""
-    x = make_inputs(2, 70, 2, 4, 16, 24, initial_state=True)
+    x = make_inputs_of(function, 2, 70, 2, 4, 16, 24, initial_state=True)
 
     class Module(torch.nn.Module):
-        def forward(self, q, k, v, g, beta, initial_state):
-            return function(q, k, v, g, beta, initial_state=initial_state, output_final_state=True)
+        def forward(self, tokens, initial_state):
+            return function(*tokens, initial_state=initial_state, output_final_state=True)
 
-    names = [*TOKENS, "initial_state"]
+    names = [n for n in TOKENS if n in x]
     T = torch.export.Dim("T", min=2)
-    shapes = tuple({1: T} if n in TOKENS else None for n in names)
+    shapes = [{1: T} for n in names], None
     with torch.no_grad():
-        program = torch.export.export(Module(), tuple(x[n] for n in names), dynamic_shapes=shapes)
+        program = torch.export.export(Module(), ([x[n] for n in names], x["initial_state"]), dynamic_shapes=shapes)
     targets = [node.target for node in program.graph.nodes if str(node.target).startswith("gdn.")]
     assert targets == [getattr(torch.ops.gdn, function.__name__).default]
     for length in (2, 64, 131):
-        y = make_inputs(2, length, 2, 4, 16, 24, initial_state=True, seed=4)
-        o, state = program.module()(*(y[n] for n in names))
+        y = make_inputs_of(function, 2, length, 2, 4, 16, 24, initial_state=True, seed=4)
+        o, state = program.module()([y[n] for n in names], y["initial_state"])
         want = expected(y)
         assert_close(o, want["o"], 1e-5, "o")
         assert_close(state, want["final_state"], 1e-5, "final_state")
 
 
+MODULES = {
+    "chunk_gated_delta_rule": ("chunk_forward", "chunk_backward", "causal_conv1d"),
+    "chunk_gated_linear_attention": ("linear_attention", "linear_attention_backward", "causal_conv1d"),
+}
+
+
 @pytest.mark.gpu
-def test_inductor_sees_the_triton_kernels():
+@pytest.mark.parametrize("name", MODULES)
+def test_inductor_sees_the_triton_kernels(name):
     """On CUDA no call to an operator is left in the generated code, forward or backward."""
+    function = getattr(gdn_ops, name)
     x = make_inputs(1, 130, 2, 4, 64, 64, torch.bfloat16, "cuda")
     conv = make_conv_inputs(1, 130, 128, 4, torch.bfloat16, "cuda")
     q, weight = x["q"].requires_grad_(), conv["weight"].requires_grad_()
 
     def run():
         compiled = torch.compile(
-            lambda q, weight: gdn_ops.chunk_gated_delta_rule(
+            lambda q, weight: function(
                 gdn_ops.causal_conv1d(q.flatten(2), weight, activation="silu")[0].view_as(q), *rest
             )[0],
             fullgraph=True,
         )
         compiled(q, weight).float().square().sum().backward()
 
-    rest = [x[n] for n in TOKENS[1:]]
+    rest = [x[n] for n in TOKENS[1:] if n in suited(function, x)]
     _, codes = run_and_get_code(run)
     code = "\n".join(codes)
     assert "torch.ops.gdn" not in code and "gdn::" not in code
-    for module in ("chunk_forward", "chunk_backward", "causal_conv1d"):
+    for module in MODULES[name]:
         assert f"gdn_ops/kernels/triton/{module}.py" in code, module
 
 
 @pytest.mark.gpu
-def test_cuda_graphs():
+@pytest.mark.parametrize("name", MODULES)
+def test_cuda_graphs(name):
     """``mode="reduce-overhead"`` records and replays: other inputs give other, right results, varlen too."""
-    compiled = torch.compile(gdn_ops.chunk_gated_delta_rule, mode="reduce-overhead", fullgraph=True)
+    function = getattr(gdn_ops, name)
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
     for seed, bounds in enumerate(([0, 3, 130], [0, 64, 130], [0, 0, 130], [0, 129, 130])):
-        x = make_inputs(1, 130, 2, 4, 64, 64, torch.bfloat16, "cuda", seed=seed, cu_seqlens=bounds)
+        x = make_inputs_of(function, 1, 130, 2, 4, 64, 64, torch.bfloat16, "cuda", seed=seed, cu_seqlens=bounds)
         o, state = compiled(**x, output_final_state=True)
         want = expected(x)
         assert_close(o, want["o"], TOLERANCE[torch.bfloat16].values, "o")

@@ -34,12 +34,12 @@ def test_user_module(tmp_path, run_alone, dtype):
             assert max(errors.values()) <= parity.TOLERANCE[dtype], errors
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_language_model(tmp_path, run_alone, dtype):
+@pytest.mark.parametrize("pattern, dtype", [("GS", torch.float32), ("GS", torch.bfloat16), ("MA", torch.bfloat16)])
+def test_language_model(tmp_path, run_alone, pattern, dtype):
     from gdn_ops.models import HybridConfig, HybridLM
 
     torch.manual_seed(0)
-    model = HybridLM(HybridConfig.preset("tiny")).to("cuda", dtype)
+    model = HybridLM(HybridConfig.preset("tiny", pattern=pattern, max_position=128)).to("cuda", dtype)
     result = export_aoti(model, tmp_path / "out")
     assert result.manifest["device"] == "cuda" and "capability" in result.manifest["machine"]
     assert all(cubins(path) for path in result.files.values())

@@ -1,4 +1,4 @@
-"""Programs of hybrid models other than the preset: one mixer only, grouped values, a window of several blocks.
+"""Programs of hybrid models other than the preset: other mixers, one mixer only, a window of several blocks.
 
 Packages of a whole hybrid model, on CPU and on CUDA, are in ``test_aoti.py`` and ``test_gpu.py``.
 """
@@ -18,6 +18,9 @@ VARIANTS = {
         "pattern": "G", "num_v_heads": 4, "allow_neg_eigval": True, "conv_size": 3, "tie_word_embeddings": False,
     },
     "swa": {"pattern": "S", "window": 200, "num_key_value_heads": 1},
+    "mamba2": {"pattern": "M", "intermediate_size": None},
+    "deltanet, attention": {"pattern": "DA"},
+    "h2": {"pattern": "MGS", "num_hidden_layers": 3},
 }  # fmt: skip
 
 

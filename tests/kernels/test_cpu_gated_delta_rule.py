@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gdn_ops.kernels.cpu import chunks
 from gdn_ops.kernels.cpu import gated_delta_rule as cpu
 from tests.oracle import assert_close, cotangents, make_inputs
 
@@ -68,11 +69,11 @@ def test_blocks_of_heads_and_segments_change_nothing(monkeypatch, sizes):
     """A head at a time, a chunk at a time: the sizes that small inputs never reach by themselves."""
     x, (do, ds) = arguments(200, torch.float64, B=2, H=3, HV=6)
     wanted = [*cpu.chunk_forward(*x, None, 0.25, True), *cpu.chunk_backward(do, ds, *x, None, 0.25)]
-    assert len(cpu._head_blocks(x[0], x[2])) == 1 and len(cpu._spans(x[2])) == 2
+    assert len(chunks.head_blocks(x[0], x[2])) == 1 and len(chunks.spans(x[2])) == 2
     for name, size in sizes.items():
-        monkeypatch.setattr(cpu, name, size)
-    assert len(cpu._head_blocks(x[0], x[2])) == (3 if "STATES" in sizes else 1)
-    assert len(cpu._spans(x[2])) == (4 if "SEGMENT" in sizes else 2)
+        monkeypatch.setattr(chunks, name, size)
+    assert len(chunks.head_blocks(x[0], x[2])) == (3 if "STATES" in sizes else 1)
+    assert len(chunks.spans(x[2])) == (4 if "SEGMENT" in sizes else 2)
     got = [*cpu.chunk_forward(*x, None, 0.25, True), *cpu.chunk_backward(do, ds, *x, None, 0.25)]
     for n, g, w in zip(("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dstate"), got, wanted):
         assert_close(g, w, 1e-12, n)

@@ -11,7 +11,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from gdn_ops.kernels.triton import causal_conv1d, chunk_forward  # noqa: E402
+from gdn_ops.kernels.triton import causal_conv1d, chunk_forward, linear_attention  # noqa: E402
 from gdn_ops.kernels.triton.chip import CHIPS, as_if_on, chip_of  # noqa: E402
 from gdn_ops.kernels.triton.compile_case import case_of_launch, cases_of_call  # noqa: E402
 from gdn_ops.kernels.triton.segments import segment_length  # noqa: E402
@@ -27,7 +27,10 @@ GROUPS = {
     "sm_120": ("fp32 128/128",),
     "gfx942": ("bf16 128/128", "bf16 64/64"),
 }
-ALWAYS = ("causal_conv1d", "chunk_table", "recurrent", "chunk_forward", "chunk_backward")
+ALWAYS = (
+    "causal_conv1d", "chunk_table", "recurrent", "chunk_forward", "chunk_backward", "linear_attention",
+    "linear_attention_backward",
+)  # fmt: skip
 KERNELS = sorted({x.fn.__name__ for x in report.jit_functions() if x.fn.__name__.endswith("_kernel")})
 
 
@@ -107,10 +110,11 @@ def test_launch_tables_plan_within_the_chip(target, dtype):
         for K in (16, 24, 64, 100, 128, 192, 256):
             for V in (16, 40, 64, 128, 384, 512):
                 for heads in (1, 64, 10_000, None):
-                    plan = chunk_forward.scan_configuration(x, K, V, heads)
-                    assert plan["BK"] >= K and 16 <= plan["BV"] <= 128 and 1 <= plan["num_stages"] <= 3
-                    if target == "sm_90" and dtype == torch.bfloat16:
-                        assert plan["num_stages"] > 1, "Triton 3.6 miscompiles one stage of 16-bit operands there"
+                    for table in (chunk_forward.scan_configuration, linear_attention.linear_scan_configuration):
+                        plan = table(x, K, V, heads)
+                        assert plan["BK"] >= K and 16 <= plan["BV"] <= 128 and 1 <= plan["num_stages"] <= 3
+                        if target == "sm_90" and dtype == torch.bfloat16:
+                            assert plan["num_stages"] > 1, "Triton 3.6 miscompiles one stage of 16-bit operands there"
 
 
 def test_small_chips_cut_no_wide_keys_into_segments():

@@ -9,6 +9,13 @@ from tests.kernels.interpreter import call
 from tests.oracle import GRADIENTS, assert_all_close, cotangents, expected
 
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens")
+TOKENS = INPUTS[:5]
+# Of the rule with beta, and of the one without.
+CHUNK = {
+    True: ("chunk_forward:chunk_forward", "chunk_backward:chunk_backward"),
+    False: ("linear_attention:chunk_forward", "linear_attention_backward:chunk_backward"),
+}
+RECURRENT = {True: "recurrent:recurrent_forward", False: "linear_attention:recurrent_forward"}
 LOW = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *LOW)
 
@@ -17,10 +24,19 @@ def scale_of(x: dict) -> float:
     return x["q"].shape[-1] ** -0.5
 
 
-def forward(
-    x: dict, entry: str = "chunk_forward:chunk_forward", output_final_state: bool = True, **cut
-) -> dict[str, Tensor]:
-    o, final_state = call(entry, *(x[n] for n in INPUTS), scale_of(x), output_final_state, **cut).result
+def linear(x: dict) -> dict:
+    """Inputs of gated linear attention: those without ``beta``, by which everything here knows the rule."""
+    return {n: t for n, t in x.items() if n != "beta"}
+
+
+def arguments_of(x: dict) -> list:
+    return [x[n] for n in INPUTS if n in x]
+
+
+def forward(x: dict, entry: str | None = None, output_final_state: bool = True, **cut) -> dict[str, Tensor]:
+    """By the chunk kernels unless another ``entry`` is named."""
+    entry = entry or CHUNK["beta" in x][0]
+    o, final_state = call(entry, *arguments_of(x), scale_of(x), output_final_state, **cut).result
     assert o.is_contiguous() and o.dtype == x["v"].dtype and final_state.dtype == torch.float32
     if not output_final_state:
         assert final_state.shape[0] == 0
@@ -30,9 +46,8 @@ def forward(
 
 def backward(x: dict, do: Tensor, ds: Tensor | None, **cut) -> dict[str, Tensor]:
     """Gradients by name, in the dtypes of what they are gradients of."""
-    arguments = (do, ds, *(x[n] for n in INPUTS), scale_of(x))
-    grads = call("chunk_backward:chunk_backward", *arguments, **cut).result
-    results = {"d" + n: grad for n, grad in zip(GRADIENTS, grads)}
+    grads = call(CHUNK["beta" in x][1], do, ds, *arguments_of(x), scale_of(x), **cut).result
+    results = {"d" + n: grad for n, grad in zip([n for n in GRADIENTS if n in x], grads)}
     if x["initial_state"] is None:
         assert results.pop("dinitial_state").shape[0] == 0
     for n, grad in results.items():
@@ -55,28 +70,27 @@ def check_chunk(x: dict, dtype: torch.dtype | None = None, do: Tensor | None = N
 
 
 def check_recurrent(x: dict, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    got = forward(x, "recurrent:recurrent_forward")
+    got = forward(x, RECURRENT["beta" in x])
     assert_all_close(got, expected(x, scale_of(x)), dtype or x["q"].dtype)
     return got
 
 
 def one_projection(x: dict) -> dict:
-    """q, k, v cut from one projection and g, beta from another, an odd column into it: no row is aligned."""
+    """q, k, v cut from one projection and the gates from another, an odd column into it: no row is aligned."""
     q, k, v = (x[n] for n in "qkv")
     fused = torch.cat([q[..., :1, :1].flatten(2), q.flatten(2), k.flatten(2), v.flatten(2)], dim=-1)
     parts = fused.split([1, *(t[0, 0].numel() for t in (q, k, v))], dim=-1)[1:]
-    g, beta = torch.cat([x["g"], x["beta"]], dim=-1).chunk(2, dim=-1)
-    return {**x, **{n: part.unflatten(2, x[n].shape[2:]) for n, part in zip("qkv", parts)}, "g": g, "beta": beta}
+    gates = torch.cat([x["g"], x.get("beta", x["g"])], dim=-1).chunk(2, dim=-1)
+    tokens = {n: part.unflatten(2, x[n].shape[2:]) for n, part in zip("qkv", parts)}
+    return {**x, **tokens, **{n: gate for n, gate in zip(("g", "beta"), gates) if n in x}}
 
 
 def head_first(x: dict) -> dict:
-    names = ("q", "k", "v", "g", "beta")
-    return {**x, **{n: x[n].transpose(1, 2).contiguous().transpose(1, 2) for n in names}}
+    return {**x, **{n: x[n].transpose(1, 2).contiguous().transpose(1, 2) for n in TOKENS if n in x}}
 
 
 def last_strided(x: dict) -> dict:
-    names = ("q", "k", "v", "g", "beta")
-    return {**x, **{n: torch.stack([x[n], x[n] * 0 + 9], dim=-1).flatten(-2)[..., ::2] for n in names}}
+    return {**x, **{n: torch.stack([x[n], x[n] * 0 + 9], dim=-1).flatten(-2)[..., ::2] for n in TOKENS if n in x}}
 
 
 LAYOUTS = (one_projection, head_first, last_strided)

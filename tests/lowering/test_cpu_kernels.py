@@ -8,9 +8,10 @@ import pytest
 import torch
 from gdn_ops.lowering import inductor
 
+import gdn_ops
 from gdn_ops import reference
 from tests.lowering.shim_library import ShimLibrary
-from tests.oracle import TOLERANCE, assert_close, expected, make_inputs
+from tests.oracle import TOLERANCE, assert_close, expected, make_inputs, make_inputs_of
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 
@@ -25,6 +26,13 @@ SHAPES = {  # B, T, H, HV, K, V
     "K and V of no tile": (2, 77, 1, 1, 7, 3),
     "no token": (2, 0, 1, 2, 16, 16),
 }
+
+RULES = [name for name in inductor.CPU_SHIMS if "gated" in name]
+every_rule = pytest.mark.parametrize("name", RULES)
+
+
+def inputs_of(name: str, *sizes, **options) -> dict:
+    return make_inputs_of(getattr(gdn_ops, name), *sizes, **options)
 
 
 def runs_here(name: str) -> bool:
@@ -48,9 +56,9 @@ def rule(shims, name, inputs, scale=None, final=True):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("name", ["chunk_gated_delta_rule", "recurrent_gated_delta_rule"])
+@every_rule
 def test_rule_against_the_specification(shims, name, shape, dtype):
-    inputs = make_inputs(*shape, dtype=dtype, initial_state=True)
+    inputs = inputs_of(name, *shape, dtype=dtype, initial_state=True)
     o, final_state = rule(shims, name, inputs)
     ref = expected(inputs)
     assert o.dtype == dtype and o.is_contiguous()
@@ -58,11 +66,11 @@ def test_rule_against_the_specification(shims, name, shape, dtype):
     assert_close(final_state, ref["final_state"], TOLERANCE[dtype].values, "final_state")
 
 
-@pytest.mark.parametrize("name", ["chunk_gated_delta_rule", "recurrent_gated_delta_rule"])
+@every_rule
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_packed_sequences_with_empty_and_single_ones(shims, name, index):
     bounds = torch.tensor([0, 0, 1, 66, 66, 194, 200], dtype=index)
-    inputs = make_inputs(1, 200, 2, 4, 32, 16, initial_state=True, cu_seqlens=bounds)
+    inputs = inputs_of(name, 1, 200, 2, 4, 32, 16, initial_state=True, cu_seqlens=bounds)
     ref = expected(inputs)
     o, final_state = rule(shims, name, inputs)
     assert_close(o, ref["o"], 1e-5, "o")
@@ -93,6 +101,16 @@ def test_gates_of_another_dtype_than_the_inputs(shims):
     inputs["g"], inputs["beta"] = inputs["g"].bfloat16(), inputs["beta"].double()
     o, _ = rule(shims, "chunk_gated_delta_rule", inputs)
     assert_close(o, expected(inputs)["o"], 1e-5, "o")
+
+
+@pytest.mark.parametrize("gate", [-1e4, float("-inf")])
+def test_strong_gates_without_erasing(shims, gate):
+    inputs = inputs_of("chunk_gated_linear_attention", 1, 130, 1, 2, 32, 32, initial_state=True)
+    inputs["g"][:, ::7] = gate
+    ref = expected(inputs)
+    o, final_state = rule(shims, "chunk_gated_linear_attention", inputs)
+    assert_close(o, ref["o"], 1e-5, "o")
+    assert_close(final_state, ref["final_state"], 1e-5, "final_state")
 
 
 @pytest.mark.parametrize("gate", [-1e4, float("-inf")])

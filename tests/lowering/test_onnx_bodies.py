@@ -13,7 +13,7 @@ pytest.importorskip("onnxscript")
 
 from gdn_ops.lowering.onnx.conv import conv  # noqa: E402
 from gdn_ops.lowering.onnx.function import OPSET  # noqa: E402
-from gdn_ops.lowering.onnx.rule import BLOCK, CHUNK, rule  # noqa: E402
+from gdn_ops.lowering.onnx.rule import BLOCK, CHUNK, linear_rule, rule  # noqa: E402
 from gdn_ops.lowering.onnx.stamps import check_stamps  # noqa: E402
 
 from gdn_ops import reference  # noqa: E402
@@ -74,6 +74,21 @@ def rule_session():
     return runtime(rule_model(CHUNK, BLOCK))
 
 
+@pytest.fixture(scope="module")
+def linear_session():
+    return runtime(linear_model(CHUNK))
+
+
+def linear_model(chunk):
+    return model_of(
+        linear_rule(chunk), {n: x for n, x in RULE_INPUTS.items() if n != "beta"}, RULE_OUTPUTS, scale=SCALE
+    )
+
+
+def linear_inputs(*sizes, **options):
+    return {n: x for n, x in oracle.make_inputs(*sizes, **options).items() if n != "beta"}
+
+
 def check_rule(session, inputs):
     o, state = run(session, inputs)
     expected = oracle.expected(inputs, scale=SCALE)
@@ -89,6 +104,23 @@ def test_the_rule_at_every_kind_of_length(rule_session, shape):
     C = CHUNK
     for T in (1, 2, C - 1, C, C + 1, 2 * C, 3 * C + 5):
         check_rule(rule_session, oracle.make_inputs(B, T, H, HV, K, V, seed=T, initial_state=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 16, 24), (1, 1, 6, 24, 8)], ids=str)
+def test_linear_attention_at_every_kind_of_length(linear_session, shape):
+    B, H, HV, K, V = shape
+    C = CHUNK
+    for T in (1, 2, C - 1, C, C + 1, 3 * C + 5):
+        check_rule(linear_session, linear_inputs(B, T, H, HV, K, V, seed=T, initial_state=True))
+
+
+def test_linear_attention_in_the_evaluator_and_after_strong_gates(linear_session):
+    session = evaluator(linear_model(8))
+    for T in (1, 7, 8, 20):
+        check_rule(session, linear_inputs(2, T, 2, 4, 8, 4, seed=T, initial_state=True))
+    inputs = linear_inputs(2, 2 * CHUNK + 7, 2, 4, 16, 8, initial_state=True)
+    inputs["g"][:, 3], inputs["g"][0, 40, 1], inputs["g"][:, CHUNK] = -1.0e4, -torch.inf, -torch.inf
+    check_rule(linear_session, inputs)
 
 
 @pytest.mark.parametrize("T", [1, 40])

@@ -9,8 +9,9 @@ from gdn_ops.models import HybridConfig, HybridLM
 SIZES = {
     "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_heads": 2,
     "head_k_dim": 16, "head_v_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "window": 12,
+    "max_position": 90, "mamba_head_dim": 16, "mamba_state_size": 8, "mamba_groups": 2,
 }  # fmt: skip
-PATTERNS = ("G", "S", "GS")
+PATTERNS = ("G", "S", "GS", "MS", "DA")
 
 
 def make(pattern: str = "GS", dtype: torch.dtype = torch.float64, device: str = "cpu", **overrides) -> HybridLM:

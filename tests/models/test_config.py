@@ -26,6 +26,19 @@ PAPER = {
     "gdn-1.3b": ("G", 16, 2400, 5888, (9, 200, 400), None),
     "h1-1.3b": ("GS", 18, 2304, 6144, (9, 192, 384), 18),
 }
+# Of the same number of parameters: pattern, layers, width, MLP, heads of attention.
+FAMILY = {
+    "transformer-0.4b": ("A", 12, 1536, 6144, 12),
+    "mamba2-0.4b": ("M", 32, 1536, None, None),
+    "deltanet-0.4b": ("D", 11, 1536, 6144, None),
+    "samba-0.4b": ("MS", 12, 1536, 6144, 12),
+    "h2-0.4b": ("MGS", 12, 1536, 6144, 12),
+    "transformer-1.3b": ("A", 24, 2048, 5632, 16),
+    "mamba2-1.3b": ("M", 48, 2048, None, None),
+    "deltanet-1.3b": ("D", 16, 2400, 5888, None),
+    "samba-1.3b": ("MS", 18, 2304, 6144, 18),
+    "h2-1.3b": ("MGS", 18, 2304, 6144, 18),
+}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -41,7 +54,19 @@ def test_presets_are_the_papers(name):
         assert (x.num_attention_heads, x.num_key_value_heads) == (attention_heads, None)
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", FAMILY)
+def test_presets_of_the_papers_family(name):
+    pattern, layers, width, mlp, attention_heads = FAMILY[name]
+    x = HybridConfig.preset(name)
+    assert (x.num_hidden_layers, x.hidden_size, x.intermediate_size) == (layers, width, mlp)
+    assert x.layer_mixers == HybridConfig(pattern=pattern, num_hidden_layers=layers).layer_mixers
+    assert (x.vocab_size, x.window, x.max_position, x.conv_size) == (32000, 2048, 4096, 4)
+    assert (x.mamba_head_dim, x.mamba_state_size, x.mamba_groups, x.mamba_expand) == (64, 128, 1, 2.0)
+    if "A" in pattern or "S" in pattern:
+        assert x.num_attention_heads == attention_heads and x.hidden_size == 128 * attention_heads
+
+
+@pytest.mark.parametrize("name", [*PAPER, *FAMILY])
 def test_presets_are_as_large_as_their_names_say(name):
     """1.3B counts everything; 0.4B is what the paper's smaller models have beside their embedding, to 0.1B."""
     with torch.device("meta"):
@@ -49,13 +74,13 @@ def test_presets_are_as_large_as_their_names_say(name):
     count = model.num_parameters()
     assert count == sum(x.numel() for x in model.state_dict().values())
     if name.endswith("1.3b"):
-        assert 1.25e9 < count < 1.35e9
+        assert 1.25e9 < count < 1.36e9
     else:
         assert 0.4e9 < count - model.embedding.weight.numel() < 0.5e9
 
 
 def test_every_preset_is_listed_and_valid():
-    assert ("tiny", *PAPER) == PRESETS
+    assert {"tiny", *PAPER, *FAMILY} == set(PRESETS)
     assert HybridConfig.preset("tiny").vocab_size == 256 and HybridConfig.preset("tiny").window < 64
     with torch.device("meta"):
         assert HybridLM(HybridConfig.preset("tiny")).num_parameters() < 2e6
@@ -64,7 +89,7 @@ def test_every_preset_is_listed_and_valid():
 def test_presets_take_overrides():
     x = HybridConfig.preset("h1-0.4b", vocab_size=50304, pattern="GGS")
     assert x.vocab_size == 50304 and x.pattern == ("gdn", "gdn", "swa") and x.hidden_size == 1536
-    with pytest.raises(ValueError, match=r"preset: expected one of tiny, gdn-0\.4b.*, got 'huge'"):
+    with pytest.raises(ValueError, match=r"preset: expected one of tiny, transformer-0\.4b.*, got 'huge'"):
         HybridConfig.preset("huge")
     with pytest.raises(ValueError, match=r"widow: expected one of the fields vocab_size, .*, got 'widow'"):
         HybridConfig.preset("tiny", widow=3)
@@ -88,9 +113,13 @@ def test_it_cannot_be_changed():
 INTEGERS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_heads", "num_v_heads", "head_k_dim",
     "head_v_dim", "conv_size", "num_attention_heads", "num_key_value_heads", "attention_head_dim", "window",
+    "max_position", "mamba_head_dim", "mamba_state_size", "mamba_groups",
 )  # fmt: skip
-NUMBERS = ("rope_theta", "norm_eps", "initializer_range")
-FLAGS = ("allow_neg_eigval", "tie_word_embeddings")
+NUMBERS = ("rope_theta", "norm_eps", "initializer_range", "mamba_expand")
+FLAGS = (
+    "allow_neg_eigval", "tie_word_embeddings", "use_short_conv", "use_gate", "use_decay", "use_delta", "use_qk_l2norm",
+)  # fmt: skip
+OPTIONAL = ("intermediate_size", "num_v_heads", "num_key_value_heads", "attention_head_dim")
 
 
 def test_the_lists_of_bad_fields_are_complete():
@@ -107,7 +136,7 @@ def test_bad_integers(name):
             HybridConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", [n for n in INTEGERS if HybridConfig().to_dict()[n] is not None] + [*NUMBERS, *FLAGS])
+@pytest.mark.parametrize("name", [n for n in INTEGERS if n not in OPTIONAL] + [*NUMBERS, *FLAGS])
 def test_required_fields_are_not_none(name):
     with pytest.raises(TypeError, match=f"^{name}: expected .*, got None$"):
         HybridConfig(**{name: None})
@@ -134,13 +163,23 @@ def test_bad_flags(name):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"pattern": "GX"}, r"pattern: expected mixers among G \(gdn\), S \(swa\), got 'X'"),
-        ({"pattern": ["gdn", "mamba2"]}, "pattern: expected mixers among .*, got 'mamba2'"),
+        (
+            {"pattern": "GX"},
+            r"pattern: expected mixers among G \(gdn\), D \(deltanet\), M \(mamba2\), S \(swa\), "
+            r"A \(attention\), got 'X'",
+        ),
+        ({"pattern": ["gdn", "mamba3"]}, "pattern: expected mixers among .*, got 'mamba3'"),
         ({"pattern": ""}, "pattern: expected at least one mixer among .*, got ''"),
         ({"pattern": []}, r"pattern: expected at least one mixer among .*, got \[\]"),
         ({"num_v_heads": 10}, "num_v_heads: expected a multiple of num_heads=9, got 10"),
         ({"conv_size": 5}, "conv_size: expected 2 to 4, got 5"),
         ({"conv_size": 1}, "conv_size: expected 2 to 4, got 1"),
+        ({"pattern": "M", "conv_size": 5}, "conv_size: expected 2 to 4, got 5"),
+        (
+            {"pattern": "M", "mamba_head_dim": 7},
+            r"mamba_head_dim: expected a divisor of mamba_expand \* hidden_size=3072, got 7",
+        ),
+        ({"pattern": "M", "mamba_groups": 7}, "mamba_groups: expected a divisor of the 48 heads, got 7"),
         ({"num_key_value_heads": 5}, "num_attention_heads: expected a multiple of num_key_value_heads=5, got 12"),
         ({"num_attention_heads": 7}, "hidden_size: expected a multiple of num_attention_heads=7, got 1536"),
         ({"attention_head_dim": 33}, "attention_head_dim: expected an even number, got 33"),

@@ -65,6 +65,13 @@ def test_logits_loss_and_gradients(pattern, dtype, tied, device):
         assert_close(p.grad, weights[name].grad, 2 * TOLERANCE[torch.float32].grads, "d" + name)
 
 
+def test_layers_without_mlp():
+    model, ids = make("M", intermediate_size=None), tokens(2, 70)
+    assert not any("mlp" in name for name, _ in model.named_parameters())
+    want = plain.hybrid_lm(model, plain.wide(model), ids)
+    assert_close(model(ids).logits, want, 3e-12, "logits")
+
+
 @on_devices
 def test_bf16_autocast(device):
     model, ids = make(dtype=torch.float32, device=device), tokens(2, 70, device=device)

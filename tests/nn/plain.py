@@ -44,15 +44,43 @@ def gated_delta_net(layer, weights: dict[str, Tensor], x: Tensor, state=None) ->
         qkv = silu(qkv)
     H, K, HV, V = layer.num_heads, layer.head_k_dim, layer.num_v_heads, layer.head_v_dim
     q, k, v = qkv[..., : H * K], qkv[..., H * K : 2 * H * K], qkv[..., 2 * H * K :]
-    step = torch.log1p(torch.exp(x @ weights["a_proj.weight"].T + weights["dt_bias"]))
     beta = (2 if layer.allow_neg_eigval else 1) / (1 + torch.exp(-(x @ weights["b_proj.weight"].T)))
-    o, new_state["recurrent"] = reference.gated_delta_rule(
-        unit(q.unflatten(-1, (H, K))), unit(k.unflatten(-1, (H, K))), v.unflatten(-1, (HV, V)),
-        -torch.exp(weights["A_log"]) * step, beta, initial_state=state.get("recurrent"),
-    )  # fmt: skip
+    g = torch.zeros_like(beta)
+    if "A_log" in weights:
+        step = torch.log1p(torch.exp(x @ weights["a_proj.weight"].T + weights["dt_bias"]))
+        g = -torch.exp(weights["A_log"]) * step
+    q, k, v = q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V))
+    if layer.use_qk_l2norm:
+        q, k = unit(q), unit(k)
+    start = state.get("recurrent")
+    if layer.use_delta:
+        o, new_state["recurrent"] = reference.gated_delta_rule(q, k, v, g, beta, initial_state=start)
+    else:
+        o, new_state["recurrent"] = reference.gated_linear_attention(q, k, v * beta[..., None], g, initial_state=start)
     o = rms_norm(o, weights["o_norm.weight"], layer.o_norm.eps)
     if "z_proj.weight" in weights:
         o = o * silu(x @ weights["z_proj.weight"].T).unflatten(-1, (HV, V))
+    return o.flatten(-2) @ weights["o_proj.weight"].T, new_state
+
+
+def mamba2(layer, weights: dict[str, Tensor], x: Tensor, state=None) -> tuple[Tensor, dict[str, Tensor]]:
+    """``x [B, T, hidden_size]``; returns the output and the state."""
+    state, new_state = state or {}, {}
+    HV, V, G, K = layer.num_heads, layer.head_dim, layer.n_groups, layer.state_size
+    z, u, dt = (x @ weights["in_proj.weight"].T).split([HV * V, HV * V + 2 * G * K, HV], -1)
+    u, new_state["conv"] = reference.causal_conv1d(
+        u, weights["conv_weight"], weights.get("conv_bias"), state.get("conv"), "silu"
+    )
+    v, k, q = u[..., : HV * V], u[..., HV * V : HV * V + G * K], u[..., HV * V + G * K :]
+    low, high = layer.dt_limit
+    dt = torch.log1p(torch.exp(dt + weights["dt_bias"])).clamp(low, high)
+    v = v.unflatten(-1, (HV, V))
+    o, new_state["recurrent"] = reference.gated_linear_attention(
+        q.unflatten(-1, (G, K)), k.unflatten(-1, (G, K)), v * dt[..., None], -torch.exp(weights["A_log"]) * dt, 1.0,
+        state.get("recurrent"),
+    )  # fmt: skip
+    o = ((o + v * weights["D"][:, None]).flatten(-2) * silu(z)).unflatten(-1, (G, -1))
+    o = rms_norm(o, weights["o_norm.weight"].unflatten(0, (G, -1)), layer.o_norm.eps)
     return o.flatten(-2) @ weights["o_proj.weight"].T, new_state
 
 
@@ -85,10 +113,14 @@ def hybrid_lm(model, weights: dict[str, Tensor], input_ids: Tensor) -> Tensor:
     for i, layer in enumerate(model.layers):
         own = part(weights, f"layers.{i}")
         y, mixer = rms_norm(x, own["mixer_norm.weight"], eps), part(own, "mixer")
-        if "A_log" in mixer:
+        if "in_proj.weight" in mixer:
+            x = x + mamba2(layer.mixer, mixer, y)[0]
+        elif "b_proj.weight" in mixer:
             x = x + gated_delta_net(layer.mixer, mixer, y)[0]
         else:
             x = x + sliding_window_attention(layer.mixer, mixer, y)
+        if layer.mlp is None:
+            continue
         gate, up = (rms_norm(x, own["mlp_norm.weight"], eps) @ own["mlp.gate_up_proj.weight"].T).chunk(2, -1)
         x = x + (silu(gate) * up) @ own["mlp.down_proj.weight"].T
     x = rms_norm(x, weights["norm.weight"], eps)

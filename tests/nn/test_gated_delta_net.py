@@ -22,6 +22,9 @@ VARIANTS = {
     "no_conv": {"use_short_conv": False},
     "no_gate": {"use_gate": False},
     "conv2": {"conv_size": 2},
+    "deltanet": {"use_decay": False},
+    "no_delta": {"use_delta": False, "num_v_heads": 4},
+    "no_l2norm": {"use_qk_l2norm": False},
 }
 on_devices = pytest.mark.parametrize("device", DEVICES)
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -32,7 +35,11 @@ def make(variant="paper", dtype=torch.float64, device="cpu"):
     layer = GatedDeltaNet(WIDTH, num_heads=2, head_k_dim=8, head_v_dim=12, **VARIANTS[variant]).to(device, dtype)
     with torch.no_grad():  # so that a norm weight or a gate that is not used would show
         layer.o_norm.weight.uniform_(0.5, 1.5)
-        layer.a_proj.weight.mul_(3), layer.b_proj.weight.mul_(3)
+        for projection in (layer.a_proj, layer.b_proj):
+            if projection is not None:
+                projection.weight.mul_(3)
+        if not layer.use_qk_l2norm:  # keys as long as ones that are normalised, or the rule diverges
+            layer.qkv_proj.weight.mul_(0.5)
     return layer
 
 

@@ -57,6 +57,12 @@ def samples(layout, state, device="cpu", dtype=torch.float32, requires_grad=Fals
         (GDN.recurrent_gated_delta_rule, (*tensors, h0, cu_seqlens, 0.25, state)),
         (GDN.chunk_gated_delta_rule_backward, (do, ds if state else None, *plain, plain_h0, cu_seqlens, 0.25)),
         (GDN.recurrent_gated_delta_rule_, (*plain, pool, indices, cu_seqlens, 0.25)),
+        (GDN.chunk_gated_linear_attention, (*tensors[:4], h0, cu_seqlens, 0.25, state)),
+        (GDN.recurrent_gated_linear_attention, (*tensors[:4], h0, cu_seqlens, 0.25, state)),
+        (
+            GDN.chunk_gated_linear_attention_backward,
+            (do, ds if state else None, *plain[:4], plain_h0, cu_seqlens, 0.25),
+        ),
         (GDN.causal_conv1d, (*conv, c["cu_seqlens"], state, state)),
         (GDN.causal_conv1d_backward, (dy, dstate if state else None, *plain_conv, c["cu_seqlens"], state)),
     ]

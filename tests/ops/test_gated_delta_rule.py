@@ -1,4 +1,4 @@
-"""Both forms of the rule against the specification, inside the numerics table: values and every gradient."""
+"""Both forms of both rules against the specification, inside the numerics table: values and every gradient."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from tests.oracle import (
     cotangents,
     expected,
     leaves,
-    make_inputs,
+    make_inputs_of,
     run_with_gradients,
 )
 
-FUNCTIONS = [gdn_ops.chunk_gated_delta_rule, gdn_ops.recurrent_gated_delta_rule]
+FUNCTIONS = {
+    "chunk": gdn_ops.chunk_gated_delta_rule,
+    "recurrent": gdn_ops.recurrent_gated_delta_rule,
+    "chunk_linear": gdn_ops.chunk_gated_linear_attention,
+    "recurrent_linear": gdn_ops.recurrent_gated_linear_attention,
+}
 DTYPES = list(TOLERANCE)
 pytestmark = [
-    pytest.mark.parametrize("function", FUNCTIONS, ids=["chunk", "recurrent"]),
+    pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS),
     pytest.mark.parametrize("device", DEVICES),
 ]
 
@@ -37,24 +42,24 @@ def check(function, inputs, dtype=None, scale=None):
 @pytest.mark.parametrize("T", [0, 1, 2, 63, 64, 65, 130, 200])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lengths_and_dtypes(function, device, dtype, T):
-    check(function, make_inputs(2, T, 2, 4, 32, 24, dtype, device, initial_state=True))
+    check(function, make_inputs_of(function, 2, T, 2, 4, 32, 24, dtype, device, initial_state=True))
 
 
 @pytest.mark.parametrize("H, HV", [(1, 1), (3, 3), (2, 6), (1, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_grouped_values_without_initial_state(function, device, dtype, H, HV):
-    check(function, make_inputs(2, 70, H, HV, 32, 24, dtype, device))
+    check(function, make_inputs_of(function, 2, 70, H, HV, 32, 24, dtype, device))
 
 
 @pytest.mark.parametrize("K, V, T", [(24, 40, 130), (100, 36, 70), (1, 1, 66), (192, 384, 66), (256, 512, 65)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_head_dimensions(function, device, dtype, K, V, T):
-    check(function, make_inputs(1, T, 1, 2, K, V, dtype, device, initial_state=True))
+    check(function, make_inputs_of(function, 1, T, 1, 2, K, V, dtype, device, initial_state=True))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.03])
 def test_scale(function, device, scale):
-    check(function, make_inputs(1, 70, 1, 2, 32, 24, device=device), scale=scale)
+    check(function, make_inputs_of(function, 1, 70, 1, 2, 32, 24, device=device), scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -66,17 +71,17 @@ def test_scale(function, device, scale):
 def test_packed_sequences(function, device, dtype, bounds):
     check(
         function,
-        make_inputs(1, bounds[-1], 2, 4, 32, 24, dtype, device, initial_state=True, cu_seqlens=bounds),
+        make_inputs_of(function, 1, bounds[-1], 2, 4, 32, 24, dtype, device, initial_state=True, cu_seqlens=bounds),
     )
 
 
 def test_packed_sequences_int64_without_state(function, device):
     bounds = torch.tensor([0, 3, 100, 100])
-    check(function, make_inputs(1, 100, 1, 2, 32, 24, device=device, cu_seqlens=bounds))
+    check(function, make_inputs_of(function, 1, 100, 1, 2, 32, 24, device=device, cu_seqlens=bounds))
 
 
 def test_no_packed_sequences_at_all(function, device):
-    x = make_inputs(1, 0, 2, 4, 32, 24, device=device, initial_state=True, cu_seqlens=[0])
+    x = make_inputs_of(function, 1, 0, 2, 4, 32, 24, device=device, initial_state=True, cu_seqlens=[0])
     o, state = function(**x, output_final_state=True)
     assert o.shape == (1, 0, 4, 24) and state.shape == (0, 4, 32, 24)
 
@@ -90,34 +95,34 @@ def _last_strided(x):
 
 
 def _from_one_projection(x):
-    q, k, v, g, beta = (x[n] for n in ("q", "k", "v", "g", "beta"))
+    q, k, v = (x[n] for n in "qkv")
+    names = [n for n in ("g", "beta") if n in x]
     fused = torch.cat([q.flatten(2), k.flatten(2), v.flatten(2)], dim=-1)
-    gates = torch.cat([g, beta], dim=-1)
+    gates = torch.cat([*(x[n] for n in names), x["g"]], dim=-1).split(v.shape[2], dim=-1)
     q_, k_, v_ = fused.split([q[0, 0].numel(), k[0, 0].numel(), v[0, 0].numel()], dim=-1)
-    g, beta = gates.split(g.shape[-1], dim=-1)
     return {
         "q": q_.unflatten(2, q.shape[2:]), "k": k_.unflatten(2, k.shape[2:]), "v": v_.unflatten(2, v.shape[2:]),
-        "g": g, "beta": beta,
+        **dict(zip(names, gates)),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", ["one_projection", "head_first", "last_strided"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_as_they_come(function, device, dtype, layout):
-    x = make_inputs(2, 70, 2, 4, 32, 24, dtype, device, initial_state=True)
+    x = make_inputs_of(function, 2, 70, 2, 4, 32, 24, dtype, device, initial_state=True)
     x["initial_state"] = x["initial_state"].mT.contiguous().mT
     if layout == "one_projection":
         x.update(_from_one_projection(x))
     else:
         change = _head_first if layout == "head_first" else _last_strided
-        x.update({n: change(x[n]) for n in ("q", "k", "v", "g", "beta")})
-    assert not any(x[n].is_contiguous() for n in ("q", "k", "v", "g", "beta", "initial_state"))
+        x.update({n: change(x[n]) for n in ("q", "k", "v", "g", "beta") if n in x})
+    assert not any(x[n].is_contiguous() for n in ("q", "k", "v", "g", "beta", "initial_state") if n in x)
     check(function, x)
 
 
 def test_expanded_cotangents(function, device):
     """``o.sum().backward()`` sends gradients of stride 0."""
-    x = make_inputs(1, 70, 1, 2, 32, 24, device=device, initial_state=True)
+    x = make_inputs_of(function, 1, 70, 1, 2, 32, 24, device=device, initial_state=True)
     do, ds = (torch.ones_like(c) for c in cotangents(x))
     y = leaves(x)
     o, state = function(**y, output_final_state=True)
@@ -129,13 +134,13 @@ def test_expanded_cotangents(function, device):
 
 @pytest.mark.parametrize("gate_dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gates_in_low_precision(function, device, gate_dtype):
-    x = make_inputs(1, 130, 1, 2, 32, 24, torch.bfloat16, device)
-    x.update(g=x["g"].to(gate_dtype), beta=x["beta"].to(gate_dtype))
+    x = make_inputs_of(function, 1, 130, 1, 2, 32, 24, torch.bfloat16, device)
+    x.update({n: x[n].to(gate_dtype) for n in ("g", "beta") if n in x})
     check(function, x)
 
 
 def test_gradients_flow_through_either_result_alone(function, device):
-    x = make_inputs(1, 70, 1, 2, 32, 24, device=device, initial_state=True)
+    x = make_inputs_of(function, 1, 70, 1, 2, 32, 24, device=device, initial_state=True)
     do, ds = cotangents(x)
     y = leaves(x)
     o, state = function(**y, output_final_state=True)
@@ -152,7 +157,7 @@ def test_gradients_flow_through_either_result_alone(function, device):
 
 
 def test_only_some_inputs_require_gradients(function, device):
-    x = make_inputs(1, 70, 1, 2, 32, 24, device=device)
+    x = make_inputs_of(function, 1, 70, 1, 2, 32, 24, device=device)
     do, ds = cotangents(x)
     x["v"].requires_grad_()
     o, state = function(**x)
@@ -164,7 +169,7 @@ def test_only_some_inputs_require_gradients(function, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strong_gates_everywhere(function, device, dtype):
     """With g = -1e4 the past is gone, exactly: no NaN, and no trace of the state."""
-    x = make_inputs(1, 130, 1, 2, 32, 24, dtype, device, initial_state=True)
+    x = make_inputs_of(function, 1, 130, 1, 2, 32, 24, dtype, device, initial_state=True)
     x["g"] = torch.full_like(x["g"], -1e4)
     do, ds = cotangents(x)
     got = run_with_gradients(function, x, do, ds)
@@ -181,7 +186,7 @@ def test_strong_gates_everywhere(function, device, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_strong_gates_between_weak_ones(function, device, dtype, gate):
     """A strong gate must not cost the digits of the weak ones after it in the same chunk; -inf forgets all."""
-    x = make_inputs(1, 130, 1, 2, 32, 24, dtype, device, initial_state=True)
+    x = make_inputs_of(function, 1, 130, 1, 2, 32, 24, dtype, device, initial_state=True)
     x["g"][:, [3, 64, 100]] = gate
     check(function, x)
 
@@ -189,22 +194,25 @@ def test_strong_gates_between_weak_ones(function, device, dtype, gate):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeated_identical_keys(function, device, dtype):
     """The triangular system at its worst: one key written over and over, beta near 1, no forgetting."""
-    x = make_inputs(1, 130, 1, 2, 32, 24, dtype, device, initial_state=True)
+    x = make_inputs_of(function, 1, 130, 1, 2, 32, 24, dtype, device, initial_state=True)
     x["k"] = x["k"][:, :1].expand_as(x["k"]).contiguous()
-    x["beta"] = torch.full_like(x["beta"], 0.999)
+    if "beta" in x:
+        x["beta"] = torch.full_like(x["beta"], 0.999)
     x["g"] = torch.full_like(x["g"], -1e-6)
     check(function, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_negative_eigenvalues(function, device, dtype):
-    x = make_inputs(1, 130, 1, 2, 32, 24, dtype, device, initial_state=True)
+    x = make_inputs_of(function, 1, 130, 1, 2, 32, 24, dtype, device, initial_state=True)
+    if "beta" not in x:
+        pytest.skip("nothing is erased")
     x["beta"] = x["beta"] * 2
     check(function, x)
 
 
 def test_gradcheck(function, device):
-    x = make_inputs(1, 66, 1, 2, 2, 3, torch.float64, device, initial_state=True)
+    x = make_inputs_of(function, 1, 66, 1, 2, 2, 3, torch.float64, device, initial_state=True)
     names = [n for n in x if x[n] is not None]
     tensors = [x[n].requires_grad_() for n in names]
 
@@ -215,7 +223,7 @@ def test_gradcheck(function, device):
 
 
 def test_gradcheck_packed(function, device):
-    x = make_inputs(1, 5, 1, 1, 2, 2, torch.float64, device, initial_state=True, cu_seqlens=[0, 2, 2, 5])
+    x = make_inputs_of(function, 1, 5, 1, 1, 2, 2, torch.float64, device, initial_state=True, cu_seqlens=[0, 2, 2, 5])
     cu_seqlens = x.pop("cu_seqlens")
     tensors = [t.requires_grad_() for t in x.values()]
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import gdn_ops
-from gdn_ops.kernels.cpu import gated_delta_rule as plain
-from tests.oracle import GRADIENTS, assert_all_close, cotangents, make_inputs, run_with_gradients
+from gdn_ops.kernels.cpu import gated_delta_rule, gated_linear_attention
+from tests.oracle import GRADIENTS, assert_all_close, cotangents, make_inputs_of, run_with_gradients
 
+FUNCTIONS = {"delta": gdn_ops.chunk_gated_delta_rule, "linear": gdn_ops.chunk_gated_linear_attention}
+both_rules = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 SHAPES = {"1x8192_16/32_D128": (1, 8192, 16, 32, 128), "8x2048_8/8_D256": (8, 2048, 8, 8, 256)}
 
 
@@ -18,42 +20,58 @@ def exact(inputs, do, ds):
     The plain kernel itself is held to the specification in ``test_gated_delta_rule.py``.
     """
     q, v, cu_seqlens = inputs["q"], inputs["v"], inputs["cu_seqlens"]
+    plain = gated_delta_rule if "beta" in inputs else gated_linear_attention
+    names = [n for n in GRADIENTS if n in inputs]
     (B, _, H, K), group = q.shape, v.shape[2] // q.shape[2]
     results = {n: torch.empty_like(t, dtype=torch.float64) for n, t in (("o", v), ("final_state", ds))}
-    results.update({"d" + n: torch.empty_like(inputs[n], dtype=torch.float64) for n in GRADIENTS})
+    results.update({"d" + n: torch.empty_like(inputs[n], dtype=torch.float64) for n in names})
     for b in range(B):
         for h in range(H):
             key, values = slice(h, h + 1), slice(h * group, (h + 1) * group)
             rows, states = slice(b, b + 1), slice(None) if cu_seqlens is not None else slice(b, b + 1)
             where = {n: (rows, slice(None), key if n in ("dq", "dk") else values) for n in results}
             where.update(final_state=(states, values), dinitial_state=(states, values))
-            x = [inputs[n][where["d" + n]].double() for n in GRADIENTS]
+            x = [inputs[n][where["d" + n]].double() for n in names]
             some = plain.chunk_forward(*x, cu_seqlens, K**-0.5, True)
             grads = plain.chunk_backward(
                 do[where["o"]].double(), ds[where["final_state"]].double(), *x, cu_seqlens, K**-0.5
             )
-            for n, part in zip(("o", "final_state", *("d" + n for n in GRADIENTS)), (*some, *grads)):
+            for n, part in zip(("o", "final_state", *("d" + n for n in names)), (*some, *grads)):
                 results[n][where[n]] = part
     return results
 
 
 @pytest.mark.gpu
+@both_rules
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_full_size(shape, dtype):
+def test_full_size(function, shape, dtype):
     B, T, H, HV, D = shape
-    x = make_inputs(B, T, H, HV, D, D, dtype, "cuda", initial_state=True)
+    x = make_inputs_of(function, B, T, H, HV, D, D, dtype, "cuda", initial_state=True)
     do, ds = cotangents(x)
-    assert_all_close(run_with_gradients(gdn_ops.chunk_gated_delta_rule, x, do, ds), exact(x, do, ds), dtype)
+    assert_all_close(run_with_gradients(function, x, do, ds), exact(x, do, ds), dtype)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_full_size_of_mamba2(dtype):
+    """One key head for all value heads, wide keys and narrow values; a batch of 1 is cut into segments, 4 are not."""
+    function = gdn_ops.chunk_gated_linear_attention
+    for B in (1, 4):
+        x = make_inputs_of(function, B, 4096, 1, 12, 128, 64, dtype, "cuda", initial_state=True)
+        do, ds = cotangents(x)
+        got = run_with_gradients(function, x, do, ds)
+        assert_all_close(got, exact(x, do, ds), dtype)
+
+
+@pytest.mark.gpu
+@both_rules
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_full_size_packed(dtype):
+def test_full_size_packed(function, dtype):
     bounds = [0, 1, 1000, 1000, 1064, 4096, 8191, 8192]
-    x = make_inputs(1, 8192, 4, 8, 128, 128, dtype, "cuda", initial_state=True, cu_seqlens=bounds)
+    x = make_inputs_of(function, 1, 8192, 4, 8, 128, 128, dtype, "cuda", initial_state=True, cu_seqlens=bounds)
     do, ds = cotangents(x)
-    assert_all_close(run_with_gradients(gdn_ops.chunk_gated_delta_rule, x, do, ds), exact(x, do, ds), dtype)
+    assert_all_close(run_with_gradients(function, x, do, ds), exact(x, do, ds), dtype)
 
 
 @pytest.mark.gpu
@@ -65,16 +83,18 @@ def test_offsets_past_two_to_the_thirty_first():
     v = torch.randn(1, T, 1, V, device="cuda", dtype=torch.bfloat16)
     o, state = gdn_ops.chunk_gated_delta_rule(q, q, v, g, g.neg(), output_final_state=True)
     tail = [t[:, -1024:].double() for t in (q, q, v, g, g.neg())]
-    want, want_state = plain.chunk_forward(*tail, None, None, 0.25, True)
+    want, want_state = gated_delta_rule.chunk_forward(*tail, None, None, 0.25, True)
     assert o.numel() > 2**31
     assert_all_close({"o": o[:, -64:], "final_state": state}, {"o": want[:, -64:], "final_state": want_state}, q.dtype)
 
 
+@both_rules
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 3, 3, 70]], ids=["dense", "packed"])
-def test_the_sliced_oracle_is_the_oracle(cu_seqlens):
+def test_the_sliced_oracle_is_the_oracle(function, cu_seqlens):
     """What the tests above compare with, on a small input against the specification."""
     from tests.oracle import expected
 
-    x = make_inputs(1 if cu_seqlens else 2, 70, 2, 4, 16, 24, torch.float64, initial_state=True, cu_seqlens=cu_seqlens)
+    B = 1 if cu_seqlens else 2
+    x = make_inputs_of(function, B, 70, 2, 4, 16, 24, torch.float64, initial_state=True, cu_seqlens=cu_seqlens)
     do, ds = cotangents(x)
     assert_all_close(exact(x, do, ds), expected(x, do=do, ds=ds), torch.float64)

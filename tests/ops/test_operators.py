@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gdn_ops
 from tests.ops.samples import LAYOUTS, NAMES, named
-from tests.oracle import DEVICES, assert_close, make_conv_inputs, make_inputs
+from tests.oracle import DEVICES, assert_close, make_conv_inputs, make_inputs, make_inputs_of
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
 every_operator = pytest.mark.parametrize("name", NAMES)
@@ -184,17 +184,25 @@ def test_vmap_refuses_to_write_one_pool_from_many_slices():
 
 
 @on_devices
-@pytest.mark.parametrize("function", [gdn_ops.chunk_gated_delta_rule, gdn_ops.recurrent_gated_delta_rule])
+@pytest.mark.parametrize(
+    "function",
+    [
+        gdn_ops.chunk_gated_delta_rule,
+        gdn_ops.recurrent_gated_delta_rule,
+        gdn_ops.chunk_gated_linear_attention,
+        gdn_ops.recurrent_gated_linear_attention,
+    ],
+)
 def test_vmap_of_grad(function, device):
     """Per-sample gradients: ``vmap(grad(f))`` is a loop of ``grad(f)``."""
-    x = make_inputs(3, 5, 1, 2, 16, 8, device=device)
+    x = make_inputs_of(function, 3, 5, 1, 2, 16, 8, device=device)
 
-    def loss(q, k, v, g, beta):
-        o, state = function(q[None], k[None], v[None], g[None], beta[None], output_final_state=True)
+    def loss(*tokens):
+        o, state = function(*(t[None] for t in tokens), output_final_state=True)
         return o.square().sum() + state.square().sum()
 
-    tensors = [x[n] for n in ("q", "k", "v", "g", "beta")]
-    got = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3, 4)))(*tensors)
+    tensors = [x[n] for n in ("q", "k", "v", "g", "beta") if n in x]
+    got = torch.vmap(torch.func.grad(loss, argnums=tuple(range(len(tensors)))))(*tensors)
     for b in range(3):
         leaves = [t[b].clone().requires_grad_() for t in tensors]
         for g, w in zip(got, torch.autograd.grad(loss(*leaves), leaves)):

@@ -11,11 +11,13 @@ import torch
 from perf import providers, runs
 from perf.__main__ import main
 from perf.cpu_providers import CPU_PROVIDERS
+from perf.linear_providers import LINEAR_PROVIDERS
+from perf.linear_providers import cost as linear_cost
 from perf.measure import Ceilings
 from perf.plot import draw, pictures
 from perf.providers import OURS, PROVIDERS, Provider, Unavailable, absent, bind_all
 from perf.records import read_csv
-from perf.shapes import Shape, make_inputs
+from perf.shapes import Shape, cost, make_inputs
 from tests.export.onnx_exports import needs_the_operators
 from tests.oracle import assert_close
 
@@ -40,6 +42,32 @@ def test_our_calls_are_the_operators(provider):
     dq = torch.autograd.grad(o, leaves, x.do)[0]
     assert_close(providers.first_result(provider.bind(x, "forward")), o.detach(), 1e-6, "forward")
     assert_close(providers.first_result(provider.bind(x, "forward+backward")), dq, 1e-6, "forward+backward")
+
+
+def test_gated_linear_attention_is_timed_on_its_own_operators():
+    import gdn_ops
+
+    x, ours = make_inputs(SMALL, torch.float32, "cpu"), LINEAR_PROVIDERS[OURS]
+    leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v, x.g)]
+    o, _ = gdn_ops.chunk_gated_linear_attention(*leaves, scale=x.scale)
+    dq = torch.autograd.grad(o, leaves, x.do)[0]
+    for direction, want in (("forward", o.detach()), ("backward", dq), ("forward+backward", dq)):
+        assert_close(providers.first_result(ours.bind(x, direction)), want, 1e-6, direction)
+    y = make_inputs(Shape(1, 2, 3, 1, 16, 16), torch.float32, "cpu")
+    want, _ = gdn_ops.recurrent_gated_linear_attention(y.q, y.k, y.v, y.g, y.scale, y.state)
+    assert_close(providers.first_result(ours.bind(y, "decode")), want, 1e-6, "decode")
+    for direction in ("forward", "backward", "forward+backward", "decode"):
+        least, delta = linear_cost(SMALL, direction, torch.bfloat16), cost(SMALL, direction, torch.bfloat16)
+        assert least.bytes == delta.bytes and 0 < least.flops < delta.flops
+
+
+def test_a_run_of_gated_linear_attention(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--shape", "1,2,1,64,16,16", "--budget", "5", "--provider", OURS]
+    main(["linear", *arguments, "--out", str(tmp_path)])
+    rows = read_csv([tmp_path / "linear.csv"])
+    assert [row["direction"] for row in rows] == ["forward", "backward"] and all(
+        float(row["p50_ms"]) > 0 for row in rows
+    )
 
 
 def test_decode_goes_on_from_the_state():

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gdn_ops.kernels.cpu.gated_delta_rule import _compute_dtype, _one, _sequences, pool_slots
+from gdn_ops.kernels.cpu.chunks import compute_dtype, one, sequences
+from gdn_ops.kernels.cpu.gated_delta_rule import pool_slots
 
 
 def _window(x: Tensor, W: int, initial_state: Tensor | None) -> Tensor:
     before = x.new_zeros(x.shape[0], W - 1, x.shape[2]) if initial_state is None else initial_state.transpose(1, 2)
-    return torch.cat([before, x], dim=1).to(_compute_dtype(x))
+    return torch.cat([before, x], dim=1).to(compute_dtype(x))
 
 
 def _copy(view: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,8 +45,8 @@ def forward(x, weight, bias, initial_state, cu_seqlens, silu, output_final_state
     else:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         state = x.new_empty(cu_seqlens.numel() - 1, x.shape[2], weight.shape[1] - 1)
-        for n, tokens in _sequences(cu_seqlens):
-            y[:, tokens], state[n : n + 1] = _forward_dense(x[:, tokens], weight, bias, _one(initial_state, n), silu)
+        for n, tokens in sequences(cu_seqlens):
+            y[:, tokens], state[n : n + 1] = _forward_dense(x[:, tokens], weight, bias, one(initial_state, n), silu)
     if not output_final_state:
         state = state.new_empty(0, *state.shape[1:])
     return y.contiguous(), state.contiguous()
@@ -72,14 +73,14 @@ def backward(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu)
     if cu_seqlens is None:
         dx, dweight, dbias, dstate = _backward_dense(dy, dfinal_state, x, weight, bias, initial_state, silu)
     else:
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         dx = torch.empty(x.shape, dtype=dtype, device=x.device)
         dstates = [x.new_empty(0, x.shape[2], weight.shape[1] - 1, dtype=dtype)]
         dweight = weight.new_zeros(weight.shape, dtype=dtype)
         dbias = weight.new_zeros(len(weight), dtype=dtype)
-        for n, tokens in _sequences(cu_seqlens):
+        for n, tokens in sequences(cu_seqlens):
             dx[:, tokens], dw, db, ds = _backward_dense(
-                dy[:, tokens], _one(dfinal_state, n), x[:, tokens], weight, bias, _one(initial_state, n), silu
+                dy[:, tokens], one(dfinal_state, n), x[:, tokens], weight, bias, one(initial_state, n), silu
             )
             dweight, dbias = dweight + dw, dbias + db
             dstates.append(ds)

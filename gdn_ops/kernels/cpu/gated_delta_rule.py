@@ -19,29 +19,35 @@ last chunk first, with ``dS`` the gradient of the state after the chunk::
 after which the rest is products of the chunk's own: ``dP = dO V'^T``, ``dA = -X V'^T``, and what follows from them.
 Source: arXiv 2412.06464, section 3.3; the gradients are checked against autograd in the tests.
 
-Two layouts keep the products few and large. What belongs to a value head alone lies *by head*, ``[B, H, G, C, V]`` with
-``G = HV // H``. What meets a key or a query lies *side by side*, ``[B, H, C, G, V]``, and so does the state,
-``[B, H, K, G, V]``: keys stacked on queries, ``[2C, K]``, then read the states of a whole group in one product
-``[2C, K] x [K, G V]``, and nothing is repeated for the group. Pointwise steps take one layout and leave the other
-behind, so that changing over costs nothing.
+The layouts, *by head* and *side by side*, are those of ``chunks.py``: keys stacked on queries, ``[2C, K]``, read the
+states of a whole group in one product ``[2C, K] x [K, G V]``.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CHUNK = 64
-# Elements of one [n, B, HV, C, C] tensor of a segment, and elements of the states of one block of heads for each
-# thread: a state is read and written once a chunk and should stay in the second-level cache meanwhile.
-SEGMENT = 2**18
-STATES = 2**17
-# A log decay below this is an exact zero in fp64 too; -inf would leave differences that are not numbers, and a larger
-# one would cost the sums after it digits.
-WEAKEST = -1000.0
+from gdn_ops.kernels.cpu.chunks import (
+    WEAKEST,
+    Span,
+    across,
+    backward,
+    by_group,
+    by_head,
+    chunks_of,
+    compute_dtype,
+    forward,
+    head_blocks,
+    matrices,
+    row_dot,
+    spans,
+    state_in,
+    state_out,
+    wide,
+)
 
 
 class _Segment(NamedTuple):
@@ -67,74 +73,6 @@ class _Segment(NamedTuple):
         return _Segment(*(x[i] for x in self))
 
 
-class _Span(NamedTuple):
-    """Where a segment lies: its first token, the number of its chunks, tokens a chunk."""
-
-    start: int
-    n: int
-    C: int
-
-
-def _compute_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _spans(v: Tensor) -> list[_Span]:
-    """Segments of whole chunks, then the tokens left over as a shorter chunk."""
-    B, T, HV, _ = v.shape
-    n = max(1, SEGMENT // (B * HV * CHUNK**2))
-    whole = T // CHUNK
-    spans = [_Span(first * CHUNK, min(n, whole - first), CHUNK) for first in range(0, whole, n)]
-    return [*spans, _Span(whole * CHUNK, 1, T % CHUNK)] if T % CHUNK else spans
-
-
-def _head_blocks(q: Tensor, v: Tensor) -> list[tuple[slice, slice]]:
-    """Key heads and their value heads, a block after the other."""
-    (B, _, H, K), (HV, V) = q.shape, v.shape[2:]
-    G = HV // H
-    step = min(H, max(1, STATES * torch.get_num_threads() // (B * G * K * V)))
-    return [(slice(h, h + step), slice(h * G, (h + step) * G)) for h in range(0, H, step)]
-
-
-def _chunks_of(x: Tensor, span: _Span) -> Tensor:
-    """View ``[n, B, h, C, width]`` of the span's tokens in ``x [B, T, h, width]``."""
-    tokens = x[:, span.start : span.start + span.n * span.C]
-    return tokens.unflatten(1, (span.n, span.C)).permute(1, 0, 3, 2, 4)
-
-
-def _by_group(x: Tensor, span: _Span, H: int) -> Tensor:
-    """View ``[n, B, H, G, C, width]`` of the span's tokens in ``x [B, T, HV, width]``."""
-    return _chunks_of(x, span).unflatten(2, (H, -1))
-
-
-def _across(x: Tensor) -> Tensor:
-    """View of one layout as the other: by head ``[..., G, C, width]``, side by side ``[..., C, G, width]``."""
-    return x.transpose(-3, -2)
-
-
-def _matrices(x: Tensor) -> Tensor:
-    """``[N, rows, columns]`` of ``[..., rows, columns]``, for ``bmm``; a view of a contiguous ``x``."""
-    return x.flatten(0, -3)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """``[B * H, rows, G * V]`` of ``[B, H, rows, G, V]``, for ``bmm``; a view of a contiguous ``x``."""
-    return x.flatten(0, 1).flatten(2)
-
-
-def _state_in(state: Tensor, H: int) -> Tensor:
-    """``[B, H, K, G, V]``, a fresh tensor, of ``[B, HV, K, V]``."""
-    return _across(state.unflatten(1, (H, -1))).clone(memory_format=torch.contiguous_format)
-
-
-def _state_out(state: Tensor) -> Tensor:
-    return _across(state).reshape(state.shape[0], -1, state.shape[2], state.shape[4])
-
-
-def _row_dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(-1, keepdim=True)
-
-
 def _inverse(A: Tensor) -> Tensor:
     """``(I + A)^-1`` of strictly lower ``A [N, C, C]``: substitution in blocks of 16, then block by block.
 
@@ -153,19 +91,19 @@ def _inverse(A: Tensor) -> Tensor:
     return out
 
 
-def _intra_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, span: _Span) -> _Segment:
-    dtype, (B, _, H, K), C = _compute_dtype(q), q.shape, span.C
+def _intra_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, span: Span) -> _Segment:
+    dtype, (B, _, H, K), C = compute_dtype(q), q.shape, span.C
     kq = torch.empty(span.n, B, H, 2 * C, K, dtype=dtype, device=q.device)
-    kq[..., :C, :], kq[..., C:, :] = _chunks_of(k, span), _chunks_of(q, span)
-    beta = _by_group(beta[..., None], span, H).to(dtype, memory_format=torch.contiguous_format)
-    c = _by_group(g[..., None], span, H).to(torch.float64, memory_format=torch.contiguous_format)
+    kq[..., :C, :], kq[..., C:, :] = chunks_of(k, span), chunks_of(q, span)
+    beta = by_group(beta[..., None], span, H).to(dtype, memory_format=torch.contiguous_format)
+    c = by_group(g[..., None], span, H).to(torch.float64, memory_format=torch.contiguous_format)
     c = c.clamp(min=WEAKEST).cumsum(-2)
     end = c[..., -1:, :]
     D = (c - c.mT).tril_().to(dtype).exp_()
-    pairs = _matrices(kq)
+    pairs = matrices(kq)
     pairs = torch.bmm(pairs, pairs[:, :C].mT).view(span.n, B, H, 1, 2 * C, C)
     kk, P = pairs[..., :C, :].tril(-1) * D, pairs[..., C:, :].tril().mul_(scale) * D
-    inverse = _inverse(_matrices(kk * beta)).view_as(kk)
+    inverse = _inverse(matrices(kk * beta)).view_as(kk)
     return _Segment(
         kq.flatten(1, 2), beta, D, kk, inverse, T=inverse * beta.mT, P=P,
         from_start=c.exp().to(dtype), to_end=(end - c).exp().to(dtype), whole=end.exp().to(dtype),
@@ -176,46 +114,13 @@ def _write(x: _Segment, v: Tensor, S: Tensor, after: Tensor, read: Tensor, missi
     """One chunk: from its state ``S`` fills ``read [B, H, 2C, G, V]`` with ``[K; Q] S``, ``written`` with ``V'``
     (``missing``, as ``v`` by head, is room for what lies between) and ``after`` with the next state (may be ``S``)."""
     C = written.shape[-2]
-    torch.bmm(x.kq, _wide(S), out=_wide(read))
-    torch.addcmul(v, _across(read[:, :, :C]), x.from_start, value=-1, out=missing)
-    torch.bmm(_matrices(x.T), _matrices(missing), out=_matrices(written))
+    torch.bmm(x.kq, wide(S), out=wide(read))
+    torch.addcmul(v, across(read[:, :, :C]), x.from_start, value=-1, out=missing)
+    torch.bmm(matrices(x.T), matrices(missing), out=matrices(written))
     decayed = missing.view(*missing.shape[:2], C, -1, missing.shape[-1])
-    torch.mul(_across(written), _across(x.to_end), out=decayed)
-    torch.mul(S, _across(x.whole), out=after)
-    _wide(after).baddbmm_(x.kq[:, :C].mT, _wide(decayed))
-
-
-def _start(q: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
-    if initial_state is not None:
-        return initial_state.to(_compute_dtype(q))
-    return q.new_zeros(q.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=_compute_dtype(q))
-
-
-def _sequences(cu_seqlens: Tensor) -> list[tuple[int, slice]]:
-    bounds = cu_seqlens.tolist()
-    return [(n, slice(a, b)) for n, (a, b) in enumerate(pairwise(bounds))]
-
-
-def _one(state: Tensor | None, n: int) -> Tensor | None:
-    return None if state is None else state[n : n + 1]
-
-
-def _forward(run, q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state) -> tuple[Tensor, Tensor]:
-    """Applies ``run`` to the batch, or to each packed sequence in turn."""
-    state_shape = (v.shape[2], q.shape[3], v.shape[3])
-    if cu_seqlens is None:
-        o, state = run(q, k, v, g, beta, _start(q, v, initial_state), scale)
-    else:
-        o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        state = q.new_empty(cu_seqlens.numel() - 1, *state_shape, dtype=_compute_dtype(q))
-        for n, tokens in _sequences(cu_seqlens):
-            parts = [x[:, tokens] for x in (q, k, v, g, beta)]
-            o[:, tokens], state[n : n + 1] = run(*parts, _start(q, v, _one(initial_state, n)), scale)
-    if not output_final_state:
-        state = state.new_empty(0, *state_shape)
-    elif initial_state is not None and state.data_ptr() == initial_state.data_ptr():
-        state = state.clone()
-    return o, state.contiguous()
+    torch.mul(across(written), across(x.to_end), out=decayed)
+    torch.mul(S, across(x.whole), out=after)
+    wide(after).baddbmm_(x.kq[:, :C].mT, wide(decayed))
 
 
 def _chunk_dense(q, k, v, g, beta, S, scale):
@@ -225,7 +130,7 @@ def _chunk_dense(q, k, v, g, beta, S, scale):
     if v.shape[1] == 1:
         return _recurrent_dense(q, k, v, g, beta, S, scale)
     final = torch.empty_like(S)
-    for keys, values in _head_blocks(q, v):
+    for keys, values in head_blocks(q, v):
         parts = q[:, :, keys], k[:, :, keys], *(x[:, :, values] for x in (v, g, beta, o))
         final[:, values] = _chunk_heads(*parts, S[:, values], scale)
     return o, final
@@ -233,37 +138,27 @@ def _chunk_dense(q, k, v, g, beta, S, scale):
 
 def _chunk_heads(q, k, v, g, beta, o, S, scale) -> Tensor:
     """Fills ``o`` and returns the final state."""
-    H, S = q.shape[2], _state_in(S, q.shape[2])
-    for span in _spans(v):
+    H, S = q.shape[2], state_in(S, q.shape[2])
+    for span in spans(v):
         segment = _intra_chunk(q, k, v, g, beta, scale, span)
-        values, outputs = _by_group(v, span, H), _by_group(o, span, H)
+        values, outputs = by_group(v, span, H), by_group(o, span, H)
         missing, written = (S.new_empty(values.shape[1:]) for _ in range(2))
         read = S.new_empty(*S.shape[:2], 2 * span.C, *S.shape[3:])
         for i in range(span.n):
             x = segment.chunk(i)
             _write(x, values[i], S, S, read, missing, written)
-            inside = torch.bmm(_matrices(x.P), _matrices(written)).view_as(written)
-            torch.addcmul(inside, _across(read[:, :, span.C :]), x.from_start, value=scale, out=outputs[i])
-    return _state_out(S)
-
-
-def _by_head(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """``[B * heads, T, width]`` of ``x [B, T, h, width]``, a view where it can be, each head repeated ``heads // h``
-    times."""
-    B, T, h, width = x.shape
-    x = x.to(dtype).transpose(1, 2)
-    if h != heads:
-        x = x.unsqueeze(2).expand(B, h, heads // h, T, width)
-    return x.reshape(B * heads, T, width)
+            inside = torch.bmm(matrices(x.P), matrices(written)).view_as(written)
+            torch.addcmul(inside, across(read[:, :, span.C :]), x.from_start, value=scale, out=outputs[i])
+    return state_out(S)
 
 
 def _recurrent_dense(q, k, v, g, beta, S, scale):
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if v.numel() == 0:
         return o, S
-    HV, dtype = v.shape[2], _compute_dtype(q)
-    q, k, v = (_by_head(x, HV, dtype) for x in (q, k, v))
-    beta, decay = (_by_head(x[..., None], HV, dtype) for x in (beta, g))
+    HV, dtype = v.shape[2], compute_dtype(q)
+    q, k, v = (by_head(x, HV, dtype) for x in (q, k, v))
+    beta, decay = (by_head(x[..., None], HV, dtype) for x in (beta, g))
     shape, S, outputs = S.shape, S.flatten(0, 1), []
     tokens = zip(*(x.split(1, dim=1) for x in (q * scale, k, v, beta, decay.exp())))
     for q_t, k_t, v_t, beta_t, decay_t in tokens:
@@ -276,11 +171,11 @@ def _recurrent_dense(q, k, v, g, beta, S, scale):
 
 
 def chunk_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state) -> tuple[Tensor, Tensor]:
-    return _forward(_chunk_dense, q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state)
+    return forward(_chunk_dense, (q, k, v, g, beta), initial_state, cu_seqlens, scale, output_final_state)
 
 
 def recurrent_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state) -> tuple[Tensor, Tensor]:
-    return _forward(_recurrent_dense, q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state)
+    return forward(_recurrent_dense, (q, k, v, g, beta), initial_state, cu_seqlens, scale, output_final_state)
 
 
 class _Kept(NamedTuple):
@@ -295,8 +190,8 @@ class _Kept(NamedTuple):
 
 def _forward_kept(q, k, v, g, beta, S, scale) -> list[_Kept]:
     H, kept = q.shape[2], []
-    for span in _spans(v):
-        segment, values = _intra_chunk(q, k, v, g, beta, scale, span), _by_group(v, span, H)
+    for span in spans(v):
+        segment, values = _intra_chunk(q, k, v, g, beta, scale, span), by_group(v, span, H)
         states = S.new_empty(span.n + 1, *S.shape)
         states[0] = S
         read, written = S.new_empty(span.n, *S.shape[:2], 2 * span.C, *S.shape[3:]), S.new_empty(values.shape)
@@ -315,33 +210,33 @@ def _segment_gradients(kept: _Kept, v: Tensor, do: Tensor, dS: Tensor, scale: fl
     Xdo = dS.new_empty(*v.shape[:-2], 2 * C, v.shape[-1])
     X, do = Xdo[..., :C, :], Xdo[..., C:, :].copy_(do)
     left, dkq = torch.empty_like(read), torch.empty_like(x.kq)
-    torch.mul(_across(do), _across(x.from_start * scale), out=left[..., C:, :, :])
+    torch.mul(across(do), across(x.from_start * scale), out=left[..., C:, :, :])
     minus_beta, dlog_end, dlog_whole = x.beta * -x.from_start, [], []
     decayed, dread = (torch.empty_like(left[0, :, :, :C], memory_format=torch.contiguous_format) for _ in range(2))
     for i in reversed(range(n)):
         chunk = x.chunk(i)
-        torch.bmm(chunk.kq[:, :C], _wide(dS), out=_wide(dread))
-        dwritten = torch.bmm(_matrices(chunk.P).mT, _matrices(do[i])).view_as(written[i])
-        dwritten.addcmul_(_across(dread), chunk.to_end)
-        torch.bmm(_matrices(chunk.inverse).mT, _matrices(dwritten), out=_matrices(X[i]))
-        torch.mul(_across(X[i]), _across(minus_beta[i]), out=left[i, :, :, :C])
-        torch.mul(_across(written[i]), _across(chunk.to_end), out=decayed)
-        torch.bmm(_wide(left[i]), _wide(states[i]).mT, out=dkq[i])
-        dkq[i, :, :C].baddbmm_(_wide(decayed), _wide(dS).mT)
-        dlog_end.append(_across(_row_dot(decayed, dread)))
-        dlog_whole.append(_across((states[i] * dS).sum((-3, -1), keepdim=True)))
-        _wide(dS.mul_(_across(chunk.whole))).baddbmm_(chunk.kq.mT, _wide(left[i]))
+        torch.bmm(chunk.kq[:, :C], wide(dS), out=wide(dread))
+        dwritten = torch.bmm(matrices(chunk.P).mT, matrices(do[i])).view_as(written[i])
+        dwritten.addcmul_(across(dread), chunk.to_end)
+        torch.bmm(matrices(chunk.inverse).mT, matrices(dwritten), out=matrices(X[i]))
+        torch.mul(across(X[i]), across(minus_beta[i]), out=left[i, :, :, :C])
+        torch.mul(across(written[i]), across(chunk.to_end), out=decayed)
+        torch.bmm(wide(left[i]), wide(states[i]).mT, out=dkq[i])
+        dkq[i, :, :C].baddbmm_(wide(decayed), wide(dS).mT)
+        dlog_end.append(across(row_dot(decayed, dread)))
+        dlog_whole.append(across((states[i] * dS).sum((-3, -1), keepdim=True)))
+        wide(dS.mul_(across(chunk.whole))).baddbmm_(chunk.kq.mT, wide(left[i]))
     dlog_end, dlog_whole = (torch.stack(parts[::-1]) for parts in (dlog_end, dlog_whole))
-    dA, dP = torch.bmm(_matrices(Xdo), _matrices(written).mT).view(*v.shape[:-2], 2 * C, C).split(C, -2)
+    dA, dP = torch.bmm(matrices(Xdo), matrices(written).mT).view(*v.shape[:-2], 2 * C, C).split(C, -2)
     dA_kk = dA.neg_() * x.kk
-    missing = torch.addcmul(v, _across(read[..., :C, :, :]), x.from_start, value=-1)
-    dbeta = _row_dot(X, missing) + dA_kk.sum(-1, keepdim=True)
+    missing = torch.addcmul(v, across(read[..., :C, :, :]), x.from_start, value=-1)
+    dbeta = row_dot(X, missing) + dA_kk.sum(-1, keepdim=True)
     # No gate stands between a token and itself, and none before a token in its way to the end: left out, not added and
     # taken away again, so that strong gates, beside which nothing else is left, get gradients of full accuracy.
     dlog_D = dA_kk.mul_(x.beta).addcmul_(dP, x.P).tril_(-1)
-    dlog_start = _row_dot(left, read)
+    dlog_start = row_dot(left, read)
     dc = dlog_D.sum(-1, keepdim=True) - dlog_D.sum(-2).unsqueeze(-1)
-    dc += _across(dlog_start[..., :C, :, :] + dlog_start[..., C:, :, :])
+    dc += across(dlog_start[..., :C, :, :] + dlog_start[..., C:, :, :])
     dg = dc.flip(-2).cumsum(-2).flip(-2) + dlog_whole * x.whole
     dg[..., 1:, :] += dlog_end.cumsum(-2)[..., :-1, :]
     # The gradient of [K K^T; Q K^T], as one matrix that meets [K; Q].
@@ -350,17 +245,13 @@ def _segment_gradients(kept: _Kept, v: Tensor, do: Tensor, dS: Tensor, scale: fl
     torch.mul(dP.mul_(x.D).sum(3).tril_().flatten(1, 2), scale, out=dpairs[..., C:, :C])
     torch.add(dkk, dkk.mT, out=dpairs[..., :C, :C])
     dpairs[..., :C, C:] = dpairs[..., C:, :C].mT
-    _matrices(dkq).baddbmm_(_matrices(dpairs), _matrices(x.kq))
+    matrices(dkq).baddbmm_(matrices(dpairs), matrices(x.kq))
     return dkq, X * x.beta, dg, dbeta
 
 
-def _backward_dense(do, dfinal_state, q, k, v, g, beta, initial_state, scale) -> tuple[Tensor, ...]:
-    S = _start(q, v, initial_state)
-    dS = torch.zeros_like(S) if dfinal_state is None else dfinal_state.to(S.dtype)
-    if v.numel() == 0:
-        return (*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)), dS.clone())
+def _backward_dense(do, dS, q, k, v, g, beta, S, scale) -> tuple[Tensor, ...]:
     grads, dstate = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)], dS.clone()
-    for keys, values in _head_blocks(q, v):
+    for keys, values in head_blocks(q, v):
         own = [
             (*(x[:, :, keys] for x in some[:2]), *(x[:, :, values] for x in some[2:]))
             for some in ((q, k, v, g, beta), grads)
@@ -372,32 +263,20 @@ def _backward_dense(do, dfinal_state, q, k, v, g, beta, initial_state, scale) ->
 def _backward_heads(q, k, v, g, beta, do, S, dS, scale, grads) -> Tensor:
     """Fills ``grads``, those of q, k, v, g and beta, and returns the initial state's."""
     B, _, H, _ = q.shape
-    dS, kept = _state_in(dS, H), _forward_kept(q, k, v, g, beta, _state_in(S, H), scale)
+    dS, kept = state_in(dS, H), _forward_kept(q, k, v, g, beta, state_in(S, H), scale)
     dq, dk, dv, dg, dbeta = grads
-    for span in reversed(_spans(v)):
-        dkq, *some = _segment_gradients(kept.pop(), _by_group(v, span, H), _by_group(do, span, H), dS, scale)
+    for span in reversed(spans(v)):
+        dkq, *some = _segment_gradients(kept.pop(), by_group(v, span, H), by_group(do, span, H), dS, scale)
         dkq = dkq.unflatten(1, (B, H))
-        _chunks_of(dk, span).copy_(dkq[..., : span.C, :])
-        _chunks_of(dq, span).copy_(dkq[..., span.C :, :])
+        chunks_of(dk, span).copy_(dkq[..., : span.C, :])
+        chunks_of(dq, span).copy_(dkq[..., span.C :, :])
         for out, grad in zip((dv, dg[..., None], dbeta[..., None]), some):
-            _by_group(out, span, H).copy_(grad)
-    return _state_out(dS)
+            by_group(out, span, H).copy_(grad)
+    return state_out(dS)
 
 
 def chunk_backward(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale) -> tuple[Tensor, ...]:
-    if cu_seqlens is None:
-        *grads, dS = _backward_dense(do, dfinal_state, q, k, v, g, beta, initial_state, scale)
-    else:
-        grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)]
-        dS = q.new_empty(cu_seqlens.numel() - 1, v.shape[2], q.shape[3], v.shape[3], dtype=_compute_dtype(q))
-        for n, tokens in _sequences(cu_seqlens):
-            parts = [x[:, tokens] for x in (q, k, v, g, beta)]
-            *some, dS[n : n + 1] = _backward_dense(
-                do[:, tokens], _one(dfinal_state, n), *parts, _one(initial_state, n), scale
-            )
-            for whole, part in zip(grads, some):
-                whole[:, tokens] = part
-    return (*grads, dS if initial_state is not None else dS.new_empty(0, *dS.shape[1:]))
+    return backward(_backward_dense, do, dfinal_state, (q, k, v, g, beta), initial_state, cu_seqlens, scale)
 
 
 def pool_slots(state: Tensor, state_indices: Tensor | None, N: int) -> Tensor:
@@ -413,7 +292,7 @@ def recurrent_update_(q, k, v, g, beta, state, state_indices, cu_seqlens, scale)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     slots = pool_slots(state, state_indices, N)
     real = slots >= 0
-    initial_state = state[slots.clamp(min=0)].to(_compute_dtype(q))
+    initial_state = state[slots.clamp(min=0)].to(compute_dtype(q))
     o, final = recurrent_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, True)
     state[slots[real]] = final[real].to(state.dtype)
     if cu_seqlens is None:

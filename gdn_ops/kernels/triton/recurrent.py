@@ -1,4 +1,4 @@
-"""The gated delta rule token by token on the GPU: decode, and short sequences.
+"""The gated delta rule, and gated linear attention, token by token on the GPU: decode, and short sequences.
 
 One program owns one (sequence, value head, tile of ``BV`` value columns). The columns of the state never meet in the
 recurrence, so the program keeps its ``[K, BV]`` tile in fp32 registers from the first token to the last: the state is
@@ -9,6 +9,8 @@ Both reductions of a token, ``S^T k`` and ``S^T q``, read the state *before* the
     u   = beta * (v - exp(g) * (S^T k))
     o   = scale * (exp(g) * (S^T q) + (k . q) * u)          (= scale * S_new^T q)
     S  <- exp(g) * S + k u^T
+
+Without ``beta`` it is gated linear attention: ``u = v``, and ``S^T k`` is not needed.
 
 The next token's operands are loaded while the present one is worked on. Nothing about a sequence's arithmetic depends
 on its neighbours: the same sequence gives the same bits in any batch.
@@ -77,39 +79,48 @@ def _run_tokens(
     mask_k,
     mask_v,
 ):
-    """Run tokens ``begin .. end`` through the state; pointers stand at token 0 of this sequence's row and head."""
+    """Run tokens ``begin .. end`` through the state; pointers stand at token 0 of this sequence's row and head.
+
+    ``beta`` None: all of v is written.
+    """
     q += begin * stride_q_t
     k += begin * stride_k_t
     v += begin * stride_v_t
     g += begin * stride_g_t
-    beta += begin * stride_beta_t
+    if beta is not None:
+        beta += begin * stride_beta_t
     o += begin * stride_o_t
     some = begin < end
     q_k = tl.load(q + offsets_q, mask=mask_k & some, other=0.0)
     k_k = tl.load(k + offsets_k, mask=mask_k & some, other=0.0)
     v_v = tl.load(v + offsets_v, mask=mask_v & some, other=0.0)
     g_t = tl.load(g, mask=some, other=0.0)
-    beta_t = tl.load(beta, mask=some, other=0.0)
+    if beta is not None:
+        beta_t = tl.load(beta, mask=some, other=0.0)
     for t in range(begin, end):
         more = t + 1 < end
         q += stride_q_t
         k += stride_k_t
         v += stride_v_t
         g += stride_g_t
-        beta += stride_beta_t
         q_next = tl.load(q + offsets_q, mask=mask_k & more, other=0.0)
         k_next = tl.load(k + offsets_k, mask=mask_k & more, other=0.0)
         v_next = tl.load(v + offsets_v, mask=mask_v & more, other=0.0)
         g_next = tl.load(g, mask=more, other=0.0)
-        beta_next = tl.load(beta, mask=more, other=0.0)
+        if beta is not None:
+            beta += stride_beta_t
+            beta_next = tl.load(beta, mask=more, other=0.0)
 
         query_k = q_k.to(tl.float32)
         key_k = k_k.to(tl.float32)
         decay = tl.exp(g_t.to(tl.float32))
-        stored_v = tl.sum(S_kv * key_k[:, None], axis=0)
         read_v = tl.sum(S_kv * query_k[:, None], axis=0)
         overlap = tl.sum(key_k * query_k, axis=0)
-        written_v = beta_t.to(tl.float32) * (v_v.to(tl.float32) - decay * stored_v)
+        written_v = v_v.to(tl.float32)
+        if beta is not None:
+            stored_v = tl.sum(S_kv * key_k[:, None], axis=0)
+            written_v = beta_t.to(tl.float32) * (written_v - decay * stored_v)
+            beta_t = beta_next
         o_v = tl.cast(scale, tl.float32) * (decay * read_v + overlap * written_v)  # Inductor passes fp64
         S_kv = decay * S_kv + key_k[:, None] * written_v[None, :]
         tl.store(o + offsets_o, o_v.to(o.dtype.element_ty), mask=mask_v)
@@ -119,7 +130,6 @@ def _run_tokens(
         k_k = k_next
         v_v = v_next
         g_t = g_next
-        beta_t = beta_next
     return S_kv
 
 
@@ -166,7 +176,8 @@ def recurrent_forward_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """``initial_state`` None: zeros; ``final_state`` None: not written; ``cu_seqlens`` None: one sequence a row."""
+    """``beta`` None: gated linear attention; ``initial_state`` None: zeros; ``final_state`` None: not written;
+    ``cu_seqlens`` None: one sequence a row."""
     NV: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
     head = program // NV % HV
@@ -189,13 +200,15 @@ def recurrent_forward_kernel(
         )
         S_kv = tl.load(initial_state + offsets_s, mask=mask_kv, other=0.0).to(tl.float32)
     o += (b * T * HV + hv) * V
+    if beta is not None:
+        beta += b * stride_beta_b + hv * stride_beta_h
     S_kv = _run_tokens(
         S_kv,
         q + b * stride_q_b + h * stride_q_h,
         k + b * stride_k_b + h * stride_k_h,
         v + b * stride_v_b + hv * stride_v_h,
         g + b * stride_g_b + hv * stride_g_h,
-        beta + b * stride_beta_b + hv * stride_beta_h,
+        beta,
         o,
         scale,
         begin,
@@ -332,7 +345,7 @@ def recurrent_forward(
     k: Tensor,
     v: Tensor,
     g: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -340,6 +353,7 @@ def recurrent_forward(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence over ``q, k [B, T, H, K]``, ``v [B, T, HV, V]``, ``g, beta [B, T, HV]``, in one launch.
 
+    Without ``beta`` that of gated linear attention.
     Returns ``o [B, T, HV, V]`` in v's dtype and ``final_state [N, HV, K, V]`` in fp32 (``[0, HV, K, V]`` unless
     ``output_final_state``), both contiguous. Tokens past ``cu_seqlens[-1]`` get zeros.
     """
@@ -380,9 +394,9 @@ def recurrent_forward(
         stride_g_b=g.stride(0),
         stride_g_t=g.stride(1),
         stride_g_h=g.stride(2),
-        stride_beta_b=beta.stride(0),
-        stride_beta_t=beta.stride(1),
-        stride_beta_h=beta.stride(2),
+        stride_beta_b=0 if beta is None else beta.stride(0),
+        stride_beta_t=0 if beta is None else beta.stride(1),
+        stride_beta_h=0 if beta is None else beta.stride(2),
         stride_initial_n=strides[0],
         stride_initial_h=strides[1],
         stride_initial_k=strides[2],

@@ -1,0 +1,328 @@
+"""Chunkwise gated linear attention on the GPU, backward. Nothing is saved by the forward but its inputs.
+
+1. ``decay_kernel`` again, and, where sequences are cut, the maps of their segments, both ways.
+2. **linear_both_ways_kernel**: every other program scans forward and writes the state ``S`` before each chunk; the
+   others scan back, write dv and ``dS``, the gradient of the state after each chunk. Neither needs the other.
+3. **linear_gradient_kernel**, one program a (chunk, key head, part of its value heads, tile of key columns), adds over
+   the value heads of its part::
+
+       dP = scale * (dO V^T) * D     dQ = scale * exp(c) * (dO S^T) + dP K     dK = exp(c_C - c) * (V dS^T) + dP^T Q
+
+   Every exp(c_i) stands with row i of Q, every exp(-c_j) with row j of K, so the gradient of c is ``Q . dQ - K . dK``,
+   row by row, and a reverse cumulative sum turns it into that of g.
+
+Mamba2 has one key head for all value heads: a part is eight of them at most, and torch adds the parts of dq and dk, as
+it adds those of dg that wide keys leave, in a fixed order. No atomics. The tests check the derivation against autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn_ops.kernels.triton.chip import chip_of
+from gdn_ops.kernels.triton.chunk_forward import aligned, aligned_state, is_narrow, two_tokens
+from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of, chunk_table
+from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
+from gdn_ops.kernels.triton.intra_chunk import precision_of, strides_of
+from gdn_ops.kernels.triton.launch import launch
+from gdn_ops.kernels.triton.linear_attention import (
+    AHEAD_OF_TIME,
+    Decays,
+    ahead_of_time_inputs,
+    decays,
+    empty_maps,
+    linear_combine,
+    linear_scan_configuration,
+    number_of_heads,
+    pair_decay,
+    scan_either_way,
+)
+from gdn_ops.kernels.triton.segments import segment_length
+
+MEMBERS = 8  # value heads that one program of linear_gradient_kernel goes over
+
+
+@triton.jit
+def linear_both_ways_kernel(
+    q,
+    k,
+    v,
+    do,
+    high,
+    low,
+    dv,
+    before,
+    after,
+    leave,
+    leave_back,
+    states,
+    dstates,
+    decay,
+    cu_seqlens,
+    chunk_offsets,
+    segment_offsets,
+    SEGMENT,
+    scale,
+    T,
+    N,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_do_b,
+    stride_do_t,
+    stride_do_h,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BQ: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The scan without outputs, and the scan back, in turns; what is None is not written (``scan_either_way``)."""
+    program = tl.program_id(0)
+    if program % 2 == 0:
+        scan_either_way(
+            program // 2, q, k, v, high, low, None, before, leave, states, decay, cu_seqlens, chunk_offsets,
+            segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t,
+            stride_k_h, stride_v_b, stride_v_t, stride_v_h, H, HV, K, V, BK, BQ, BV, C, PRECISION, False,
+        )  # fmt: skip
+    else:
+        scan_either_way(
+            program // 2, k, q, do, high, low, dv, after, leave_back, dstates, decay, cu_seqlens, chunk_offsets,
+            segment_offsets, SEGMENT, scale, T, N, stride_k_b, stride_k_t, stride_k_h, stride_q_b, stride_q_t,
+            stride_q_h, stride_do_b, stride_do_t, stride_do_h, H, HV, K, V, BK, BQ, BV, C, PRECISION, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def linear_gradient_kernel(
+    q,
+    k,
+    v,
+    do,
+    high,
+    low,
+    states,
+    dstates,
+    dq,
+    dk,
+    dg,
+    cu_seqlens,
+    chunk_offsets,
+    scale,
+    T,
+    N,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_do_b,
+    stride_do_t,
+    stride_do_h,
+    stride_part,
+    stride_tile,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``dq, dk [parts, B, T, H, K]``, ``stride_part`` apart; ``dg [tiles, B, T, HV]``, ``stride_tile`` apart."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    GROUP: tl.constexpr = HV // H
+    PARTS: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
+    program = tl.program_id(0)
+    tile = program % NK
+    part = (program // NK % PARTS).to(tl.int64)
+    h = (program // (NK * PARTS) % H).to(tl.int64)
+    chunk = (program // (NK * PARTS * H)).to(tl.int64)
+    b, begin, length = chunk_of(chunk, T, N, cu_seqlens, chunk_offsets, C)
+    if length == 0:
+        return
+    operand = q.dtype.element_ty
+    rows = tl.arange(0, C)
+    real = rows < length
+    in_k = tile * BK + tl.arange(0, BK)
+    mask_k = in_k < K
+    mask_ck = real[:, None] & mask_k[None, :]
+    q += b * stride_q_b + begin * stride_q_t + h * stride_q_h
+    k += b * stride_k_b + begin * stride_k_t + h * stride_k_h
+    dq_ck = tl.zeros([C, BK], dtype=tl.float32)
+    dk_ck = tl.zeros([C, BK], dtype=tl.float32)
+    # q . dq and k . dk of the heads so far.
+    had_q = tl.zeros([C], dtype=tl.float32)
+    had_k = tl.zeros([C], dtype=tl.float32)
+    for member in range(part * MEMBERS, tl.minimum(part * MEMBERS + MEMBERS, GROUP)):
+        hv = h * GROUP + member
+        here = (b * HV + hv) * T + begin
+        states_at = states + (chunk * HV + hv) * K * V
+        dstates_at = dstates + (chunk * HV + hv) * K * V
+        v_at = v + b * stride_v_b + begin * stride_v_t + hv * stride_v_h
+        do_at = do + b * stride_do_b + begin * stride_do_t + hv * stride_do_h
+        high_c = tl.load(high + here + rows, mask=real, other=0.0)
+        low_c = tl.load(low + here + rows, mask=real, other=0.0)
+        high_end = tl.load(high + here + length - 1)
+        low_end = tl.load(low + here + length - 1)
+        from_start = tl.exp(high_c) * scale
+        to_end = tl.exp((high_end - high_c) + (low_end - low_c))
+        dp_cc = tl.zeros([C, C], dtype=tl.float32)
+        to_all = 0.0
+        for start in range(0, V, BV):
+            in_v = start + tl.arange(0, BV)
+            mask_cv = real[:, None] & (in_v < V)[None, :]
+            mask_kv = mask_k[:, None] & (in_v < V)[None, :]
+            offsets_kv = in_k[:, None] * V + in_v[None, :]
+            v_cv = tl.load(v_at + rows[:, None] * stride_v_t + in_v[None, :], mask=mask_cv, other=0.0)
+            do_cv = tl.load(do_at + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
+            s_kv = tl.load(states_at + offsets_kv, mask=mask_kv, other=0.0)
+            ds_kv = tl.load(dstates_at + offsets_kv, mask=mask_kv, other=0.0)
+            dp_cc = tl.dot(do_cv, tl.trans(v_cv), dp_cc, input_precision=PRECISION)
+            do_cv = (do_cv.to(tl.float32) * from_start[:, None]).to(operand)
+            v_cv = (v_cv.to(tl.float32) * to_end[:, None]).to(operand)
+            dq_ck = tl.dot(do_cv, tl.trans(s_kv), dq_ck, input_precision=PRECISION)
+            dk_ck = tl.dot(v_cv, tl.trans(ds_kv), dk_ck, input_precision=PRECISION)
+            to_all += tl.sum(tl.sum(s_kv.to(tl.float32) * ds_kv.to(tl.float32), axis=1), axis=0)
+        k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
+        q_ck = tl.load(q + rows[:, None] * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
+        dp_cc = (dp_cc * pair_decay(high_c, low_c, real, C, False) * scale).to(operand)
+        ended = tl.sum(dk_ck * k_ck.to(tl.float32), axis=1) - had_k
+        dq_ck = tl.dot(dp_cc, k_ck, dq_ck, input_precision=PRECISION)
+        dk_ck = tl.dot(tl.trans(dp_cc), q_ck, dk_ck, input_precision=PRECISION)
+        as_query = tl.sum(dq_ck * q_ck.to(tl.float32), axis=1) - had_q
+        as_key = tl.sum(dk_ck * k_ck.to(tl.float32), axis=1) - had_k
+        had_q += as_query
+        had_k += as_key
+
+        dc = tl.where(real, as_query - as_key, 0.0)
+        # Every gate of the chunk reaches the state after it. One sum of a matrix, for the reason given in
+        # chunk_backward.key_gradient_kernel.
+        after = tl.sum(tl.where(rows[:, None] >= rows[None, :], dc[:, None], 0.0) + ended[:, None], axis=0)
+        after += to_all * tl.exp(high_end)
+        gates = tile.to(tl.int64) * stride_tile + (b * T + begin + rows) * HV + hv
+        tl.store(dg + gates, after.to(dg.dtype.element_ty), mask=real)
+    there = part * stride_part + ((b * T + begin) * H + h) * K
+    out = there + rows[:, None] * (H * K) + in_k[None, :]
+    tl.store(dq + out, dq_ck.to(dq.dtype.element_ty), mask=mask_ck)
+    tl.store(dk + out, dk_ck.to(dk.dtype.element_ty), mask=mask_ck)
+
+
+def scan_both_ways(
+    x: Decays, do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, *,
+    before: Tensor | None, after: Tensor | None, leave_back: Tensor | None, dv: Tensor | None = None,
+    states: Tensor | None = None, dstates: Tensor | None = None, leave: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launches :func:`linear_both_ways_kernel`; ``before`` and ``after`` are those of each segment."""
+    T, H, K = q.shape[1:]
+    HV, V = v.shape[2:]
+    configuration = linear_scan_configuration(q, K, V, number_of_heads(table, HV, ways=2))
+    launch(linear_both_ways_kernel)[(2 * table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
+        q=q, k=k, v=v, do=do, high=x.high, low=x.low, dv=dv, before=before, after=after, leave=leave,
+        leave_back=leave_back, states=states, dstates=dstates, decay=decay, scale=scale, T=T,
+        **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
+        **strides_of("do", do), H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
+    )  # fmt: skip
+
+
+def linear_gradient_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
+    """Three accumulators, ``[C, BK]`` twice and ``[C, C]``, as in ``chunk_backward.key_gradient_kernel``, whose tiles
+    these are; not measured yet."""
+    wide = 64 if chip_of(x).shared_memory > 200_000 else 32
+    BK, BV, warps = (64, wide, 4) if x.element_size() == 2 else (32, 32, 8)
+    BK, BV = (max(16, min(widest, triton.next_power_of_2(width))) for widest, width in ((BK, K), (BV, V)))
+    return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 2}
+
+
+def chunk_backward(
+    do: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k, v, g in their own dtypes, and of initial_state in fp32 (no rows without one)."""
+    T = q.shape[1]
+    rest = (initial_state, cu_seqlens, scale)
+    if is_narrow(q, v):
+        wide = [x.to(torch.float32) for x in (do, q, k, v)]
+        dq, dk, dv, *others = chunk_backward(wide[0], dfinal_state, *wide[1:], g, *rest)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *others
+    if isinstance(T, int) and T == 1:
+        *grads, dS = chunk_backward(two_tokens(do), dfinal_state, *map(two_tokens, (q, k, v, g)), *rest)
+        return (*(x[:, :1].contiguous() for x in grads), dS)
+    K, V = q.shape[3], v.shape[3]
+    q, k, v, do = aligned(q), aligned(k), aligned(v), aligned(do)
+    states = (aligned_state(x, q, v) for x in (dfinal_state, initial_state))
+    dq, dk, dv, dg, dS = _backward(do, *states, q, k, v, g, cu_seqlens, scale)
+    dq, dk, dv = (x[..., :size].contiguous() for x, size in ((dq, K), (dk, K), (dv, V)))
+    return dq, dk, dv, dg, dS[:, :, :K, :V].contiguous()
+
+
+def _backward(do, dfinal_state, initial_state, q, k, v, g, cu_seqlens, scale) -> tuple[Tensor, ...]:
+    """The same for aligned inputs of at least two tokens."""
+    (B, T, H, K), (HV, V), device = q.shape, v.shape[2:], q.device
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dS = torch.empty((0 if initial_state is None else N, HV, K, V), dtype=torch.float32, device=device)
+    if N == 0 or (isinstance(T, int) and T == 0):
+        if initial_state is not None:
+            dS.zero_() if dfinal_state is None else dS.copy_(dfinal_state)
+        return *(torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v, g)), dS
+    # Tokens after the last packed sequence belong to none: their gradients are zeros.
+    make = torch.empty if cu_seqlens is None else torch.zeros
+    configuration = linear_gradient_configuration(q, K, V)
+    tiles, parts = triton.cdiv(K, configuration["BK"]), triton.cdiv(HV // H, MEMBERS)
+    dq, dk = (make((parts, *q.shape), dtype=q.dtype if parts == 1 else torch.float32, device=device) for _ in range(2))
+    dv = make(v.shape, dtype=v.dtype, device=device)
+    dg = make((tiles, B, T, HV), dtype=g.dtype if tiles == 1 else torch.float32, device=device)
+    table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2))
+    x, leave = decays(g, table), None if initial_state is None else dS
+    before, after = initial_state, dfinal_state
+    if table.segment is not None:
+        forth = empty_maps(q, v, table)
+        back = forth._replace(B=torch.empty_like(forth.B))  # a segment scales both ways by the same number
+        scan_both_ways(
+            x, do, q, k, v, scale, table, before=None, after=None, leave=forth.B, leave_back=back.B, decay=forth.decay
+        )
+        before = linear_combine(forth, initial_state, None, T, table, reverse=False)
+        after = linear_combine(back, dfinal_state, leave, T, table, reverse=True)
+    states = torch.empty((table.chunks, HV, K, V), dtype=q.dtype, device=device)
+    dstates = torch.empty_like(states)
+    scan_both_ways(
+        x, do, q, k, v, scale, table, before=before, after=after, leave_back=leave, dv=dv, states=states,
+        dstates=dstates,
+    )  # fmt: skip
+    launch(linear_gradient_kernel)[(table.chunks * H * parts * tiles,)](
+        q=q, k=k, v=v, do=do, high=x.high, low=x.low, states=states, dstates=dstates, dq=dq, dk=dk, dg=dg, scale=scale,
+        T=T, **table.arguments(), **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
+        **strides_of("do", do), stride_part=B * T * H * K, stride_tile=B * T * HV, H=H, HV=HV, K=K, V=V, C=CHUNK,
+        MEMBERS=MEMBERS, PRECISION=precision_of(q), **configuration,
+    )  # fmt: skip
+    dq, dk, dg = (part[0] if part.shape[0] == 1 else part.sum(0).to(x.dtype) for part, x in ((dq, q), (dk, k), (dg, g)))
+    return dq, dk, dv, dg, dS
+
+
+def ahead_of_time_cases() -> list[CompileCase]:
+    cases = []
+    for name, *shape in AHEAD_OF_TIME:
+        q, k, v, g, state, cu_seqlens = ahead_of_time_inputs(*shape)
+        call = (torch.empty_like(v), state, q, k, v, g, state, cu_seqlens, 0.1)
+        cases += cases_of_call(f"linear_attention_backward {name}", chunk_backward, *call)
+    return cases
