@@ -68,7 +68,7 @@ def test_scalars_may_be_fp64():
     for case in report.cases_of("sm_90", ALWAYS).values():
         if "fp32" in case.signature.values():
             taken.setdefault(case.kernel.fn.__name__, case)
-    assert {"scan_kernel", "score_kernel", "key_gradient_kernel", "recurrent_update_kernel"} <= taken.keys()
+    assert {"scan_kernel", "key_gradient_kernel", "recurrent_update_kernel", "linear_scan_kernel"} <= taken.keys()
     for case in taken.values():
         wide = {name: "fp64" if kind == "fp32" else kind for name, kind in case.signature.items()}
         check(report.build(case._replace(signature=wide), "sm_90"))

@@ -195,6 +195,7 @@ def scan_either_way(
         enter += (segment * HV + hv) * K * V
         S_kv = tl.load(enter + state_offsets, mask=mask_kv & exists, other=0.0).to(tl.float32)
     scaled = 1.0
+    scale = tl.cast(scale, tl.float32)  # Inductor passes fp64
     for i in range(0, chunks):
         left = tl.minimum(length - i * C, C)
         if REVERSE:

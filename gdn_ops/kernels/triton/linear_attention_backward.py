@@ -173,6 +173,7 @@ def linear_gradient_kernel(
     # q . dq and k . dk of the heads so far.
     had_q = tl.zeros([C], dtype=tl.float32)
     had_k = tl.zeros([C], dtype=tl.float32)
+    scale = tl.cast(scale, tl.float32)  # Inductor passes fp64
     for member in range(part * MEMBERS, tl.minimum(part * MEMBERS + MEMBERS, GROUP)):
         hv = h * GROUP + member
         here = (b * HV + hv) * T + begin
