@@ -187,8 +187,9 @@ def recurrent_gated_delta_rule_(
 
     ``state_indices [N]`` (int32 or int64) is the slot of each sequence, default ``0..N-1``. ``-1`` is padding: no
     state is touched and the output is zero. Any other value outside ``[0, P)`` raises ``IndexError`` on CPU and is
-    treated as padding on CUDA, where checking would stall the stream. A slot named twice in one call ends up with one
-    of its results; which one is not defined. Other arguments as :func:`chunk_gated_delta_rule`.
+    treated as padding on CUDA, where checking would stall the stream. What a slot holds after a call that names it
+    twice is not defined: on CUDA its heads may even come from different sequences. Other slots are not touched by it.
+    Other arguments as :func:`chunk_gated_delta_rule`.
 
     Example::
 

@@ -134,12 +134,14 @@ def test_out_of_range(device, bad):
         assert torch.equal(pool[[0, 2]], before[[0, 2]]) and not torch.equal(pool[1], before[1])
 
 
-def test_duplicate_slots_end_with_one_of_the_results(device):
-    x, pool = make(2, 1, device=device), make_pool(2, 4, 32, 24, device)
-    want = expected({**x, "initial_state": pool[[1, 1]]})["final_state"]
+def test_duplicate_slots_leave_the_others_alone(device):
+    """On the CPU the slot ends with one of the results; on CUDA with anything finite."""
+    x, pool = make(2, 1, device=device), make_pool(3, 4, 32, 24, device)
+    want, before = expected({**x, "initial_state": pool[[1, 1]]})["final_state"], pool.clone()
     gdn_ops.recurrent_gated_delta_rule_(**x, state=pool, state_indices=torch.tensor([1, 1], device=device))
-    got = pool[1].double().cpu()
-    assert min((got - want[n]).abs().max() for n in range(2)) < 1e-5
+    assert torch.equal(pool[[0, 2]], before[[0, 2]]) and pool.isfinite().all()
+    if device == "cpu":
+        assert min((pool[1].double() - want[n]).abs().max() for n in range(2)) < 1e-5
 
 
 def test_not_differentiable(device):

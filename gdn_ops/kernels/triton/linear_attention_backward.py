@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_ops.kernels.triton.chip import chip_of
-from gdn_ops.kernels.triton.chunk_forward import aligned, aligned_state, is_narrow, two_tokens
+from gdn_ops.kernels.triton.chunk_forward import aligned, aligned_state, two_tokens
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of, chunk_table
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
 from gdn_ops.kernels.triton.intra_chunk import precision_of, strides_of
@@ -246,23 +245,25 @@ def scan_both_ways(
     )  # fmt: skip
 
 
-def linear_gradient_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
-    """Three accumulators, ``[C, BK]`` twice and ``[C, C]``, as in ``chunk_backward.key_gradient_kernel``, whose tiles
-    these are; not measured yet."""
-    wide = 64 if chip_of(x).shared_memory > 200_000 else 32
-    BK, BV, warps = (64, wide, 4) if x.element_size() == 2 else (32, 32, 8)
-    BK, BV = (max(16, min(widest, triton.next_power_of_2(width))) for widest, width in ((BK, K), (BV, V)))
-    return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 2}
+def linear_gradient_configuration(K: int, V: int) -> dict[str, int]:
+    """Three accumulators, ``[C, BK]`` twice and ``[C, C]``; the tiles of ``chunk_backward.key_gradient_kernel`` for
+    fp32, which is all that comes here."""
+    BK, BV = (max(16, min(32, triton.next_power_of_2(width))) for width in (K, V))
+    return {"BK": BK, "BV": BV, "num_warps": 8, "num_stages": 2}
 
 
 def chunk_backward(
     do: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k, v, g in their own dtypes, and of initial_state in fp32 (no rows without one)."""
+    """Gradients of q, k, v, g in their own dtypes, and of initial_state in fp32 (no rows without one).
+
+    16-bit inputs are computed in fp32: of 16-bit operands Triton 3.6 makes code for Hopper that gives wrong gradients
+    (dg is off by more than it is, dq and dk at some sizes) and reads out of bounds, where fp32 ones are right.
+    """
     T = q.shape[1]
     rest = (initial_state, cu_seqlens, scale)
-    if is_narrow(q, v):
+    if q.element_size() == 2:
         wide = [x.to(torch.float32) for x in (do, q, k, v)]
         dq, dk, dv, *others = chunk_backward(wide[0], dfinal_state, *wide[1:], g, *rest)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *others
@@ -288,7 +289,7 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, cu_seqlens, scale) ->
         return *(torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v, g)), dS
     # Tokens after the last packed sequence belong to none: their gradients are zeros.
     make = torch.empty if cu_seqlens is None else torch.zeros
-    configuration = linear_gradient_configuration(q, K, V)
+    configuration = linear_gradient_configuration(K, V)
     tiles, parts = triton.cdiv(K, configuration["BK"]), triton.cdiv(HV // H, MEMBERS)
     dq, dk = (make((parts, *q.shape), dtype=q.dtype if parts == 1 else torch.float32, device=device) for _ in range(2))
     dv = make(v.shape, dtype=v.dtype, device=device)
