@@ -22,7 +22,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 DEMO := demo-out
 DEMO_TRAIN ?= --steps 320 --batch-size 8 --seq-len 256 --lr 4e-3

@@ -346,7 +346,7 @@ def chunk_forward(
 
 def ahead_of_time_inputs(dtype: torch.dtype, H: int, HV: int, K: int, V: int, packed: bool) -> tuple:
     """Tensors without storage for ``chunk_forward`` at one shape."""
-    T, N = 1024, 3 if packed else 1
+    T, N = 4096, 3 if packed else 1
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
