@@ -44,9 +44,10 @@ def run_alone(tmp_path):
     def run(calls: list[tuple]) -> list:
         torch.save([(str(package), args, kwargs) for package, args, kwargs in calls], tmp_path / "calls.pt")
         script = Path(__file__).with_name("alone.py")
-        command = [sys.executable, "-I", str(script), str(tmp_path / "calls.pt"), str(tmp_path / "results.pt")]
+        results = tmp_path / "results.pt"
+        command = [sys.executable, "-I", "-X", "faulthandler", str(script), str(tmp_path / "calls.pt"), str(results)]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return torch.load(tmp_path / "results.pt")
+        assert done.returncode == 0, f"exit {done.returncode}, results saved: {results.exists()}\n{done.stderr}"
+        return torch.load(results)
 
     return run
