@@ -20,7 +20,7 @@ with ``c`` the cumulative gates (fp64: a strong gate must not cost the digits of
 diagonal blocks of size b, ``X - X (A * mask) X`` is that of size 2b. What belongs to a chunk alone is made again for
 each tile of columns, and sequences are not cut into segments: with few heads it is slower than the package's own
 kernels, which stay what torch runs. Two warps a program keep 16-bit products off Hopper's ``wgmma``, whose traps with
-Triton 3.6 ``chunk_forward`` tells of. Source of the algorithm: arXiv 2412.06464, section 3.3.
+Triton 3.6 docs/kernels.md tells of. Source of the algorithm: arXiv 2412.06464, section 3.3.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ from gdn_ops.lowering.tensorrt.declaration import PLUGINS, cdiv
 from torch import Tensor
 
 from gdn_ops.kernels.triton.causal_conv1d import causal_conv1d_forward_kernel
+from gdn_ops.kernels.triton.intra_chunk import WEAKEST
 from gdn_ops.kernels.triton.recurrent import recurrent_forward_kernel
-
-# Below this a gate is an exact zero; clamping keeps -inf out of the sums.
-_WEAKEST = tl.constexpr(-1000.0)
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -152,7 +150,7 @@ def chunk_plugin_kernel(
         v_cv = tl.load(v + rows[:, None] * (HV * V) + in_v[None, :], mask=mask_cv, other=0.0)
         beta_c = tl.load(beta + rows * HV, mask=real, other=0.0).to(tl.float32)
         g_c = tl.load(g + rows * HV, mask=real, other=0.0).to(tl.float64)
-        g_c = tl.where(g_c < _WEAKEST, _WEAKEST, g_c)
+        g_c = tl.where(g_c < WEAKEST, WEAKEST, g_c)
         c = tl.cumsum(g_c, axis=0)
         total = tl.sum(g_c, axis=0)
         D_cc = tl.exp(tl.where(lower, c[:, None] - c[None, :], float("-inf")).to(tl.float32))

@@ -481,7 +481,7 @@ def reverse_maps(x: IntraChunk, do: Tensor, k: Tensor, table: ChunkTable, leave:
     """Launches :func:`reverse_map_kernel`."""
     T, H, K = k.shape[1:]
     HV, V = do.shape[2:]
-    configuration = scan_configuration(k, K, V, table.segments * HV if isinstance(table.segments, int) else None)
+    configuration = scan_configuration(k, K, V, table.heads(HV))
     launch(reverse_map_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
         k=k, grown_q=x.grown_q, inverse=x.inverse, P=x.P, beta=x.beta, from_start=x.from_start, to_end=x.to_end, do=do,
         leave=leave, T=T, **table.segment_arguments(), **strides_of("k", k), **strides_of("do", do),
@@ -497,7 +497,7 @@ def scan_both_ways(
     """Launches :func:`both_ways_kernel`; ``before`` and ``after`` are those of each segment."""
     T, H, K = k.shape[1:]
     HV, V = do.shape[2:]
-    configuration = scan_configuration(k, K, V, 2 * table.segments * HV if isinstance(table.segments, int) else None)
+    configuration = scan_configuration(k, K, V, table.heads(HV, ways=2))
     launch(both_ways_kernel)[(2 * table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
         k=k, v=v, do=do, grown_q=x.grown_q, transition=x.T, inverse=x.inverse, P=x.P, beta=x.beta,
         from_start=x.from_start, to_end=x.to_end, before=before, after=after, leave=leave, states=states,

@@ -259,8 +259,7 @@ def scan(
     """Launches :func:`scan_kernel` on contiguous outputs and states; ``initial_state`` is that of each segment."""
     T, H, K = q.shape[1:]
     HV, V = v.shape[2:]
-    heads = table.segments * HV if isinstance(table.segments, int) else None
-    configuration = scan_configuration(q, K, V, heads)
+    configuration = scan_configuration(q, K, V, table.heads(HV))
     launch(scan_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
         q=q, k=k, v=v, transition=x.T, P=x.P, from_start=x.from_start, to_end=x.to_end, o=o,
         initial_state=initial_state, final_state=final_state, scale=scale, T=T,

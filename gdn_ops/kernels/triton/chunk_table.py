@@ -148,6 +148,10 @@ class ChunkTable(NamedTuple):
     segment: int | None
     segments: int
 
+    def heads(self, HV: int, ways: int = 1) -> int | None:
+        """(segment, value head) pairs of ``ways`` scans; None under a compiler that does not know it."""
+        return ways * self.segments * HV if isinstance(self.segments, int) else None
+
     def arguments(self) -> dict:
         """What a kernel over chunks takes of it."""
         return {"N": self.sequences, "cu_seqlens": self.cu_seqlens, "chunk_offsets": self.chunk_offsets}

@@ -35,7 +35,7 @@ from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of
 from gdn_ops.kernels.triton.launch import launch
 
 # Below this a gate is an exact zero in fp64 too; clamping keeps -inf and 1e30 out of the sums.
-_WEAKEST = tl.constexpr(-1000.0)
+WEAKEST = tl.constexpr(-1000.0)
 
 
 @triton.jit
@@ -136,10 +136,10 @@ def invert_kernel(
     g1 = tl.load(g + r1 * stride_g_t, mask=r1 < length, other=0.0).to(tl.float64)
     g2 = tl.load(g + r2 * stride_g_t, mask=r2 < length, other=0.0).to(tl.float64)
     g3 = tl.load(g + r3 * stride_g_t, mask=r3 < length, other=0.0).to(tl.float64)
-    g0 = tl.where(g0 < _WEAKEST, _WEAKEST, g0)
-    g1 = tl.where(g1 < _WEAKEST, _WEAKEST, g1)
-    g2 = tl.where(g2 < _WEAKEST, _WEAKEST, g2)
-    g3 = tl.where(g3 < _WEAKEST, _WEAKEST, g3)
+    g0 = tl.where(g0 < WEAKEST, WEAKEST, g0)
+    g1 = tl.where(g1 < WEAKEST, WEAKEST, g1)
+    g2 = tl.where(g2 < WEAKEST, WEAKEST, g2)
+    g3 = tl.where(g3 < WEAKEST, WEAKEST, g3)
     end0 = tl.sum(g0, axis=0)
     end1 = end0 + tl.sum(g1, axis=0)
     end2 = end1 + tl.sum(g2, axis=0)

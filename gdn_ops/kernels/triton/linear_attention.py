@@ -40,12 +40,10 @@ from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_forward import aligned, aligned_state, is_narrow, two_tokens
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of, chunk_table, segment_of
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
-from gdn_ops.kernels.triton.intra_chunk import precision_of, strides_of
+from gdn_ops.kernels.triton.intra_chunk import WEAKEST, precision_of, strides_of
 from gdn_ops.kernels.triton.launch import launch
 from gdn_ops.kernels.triton.segments import segment_length
 
-# Below this a gate is an exact zero in fp64 too; clamping keeps -inf and 1e30 out of the sums.
-_WEAKEST = tl.constexpr(-1000.0)
 COMBINED = 1024  # elements of a state that one program of linear_combine_kernel carries
 
 
@@ -76,7 +74,7 @@ def decay_kernel(
     g += b * stride_g_b + begin * stride_g_t
     g_ch = tl.load(g + rows[:, None] * stride_g_t + heads[None, :] * stride_g_h, mask=mask, other=0.0).to(tl.float64)
     # Not tl.maximum, which would make the weakest gate of a NaN.
-    c_ch = tl.cumsum(tl.where(g_ch < _WEAKEST, _WEAKEST, g_ch), axis=0)
+    c_ch = tl.cumsum(tl.where(g_ch < WEAKEST, WEAKEST, g_ch), axis=0)
     high_ch = c_ch.to(tl.float32)
     low_ch = (c_ch - high_ch.to(tl.float64)).to(tl.float32)
     here = (b * HV + heads[None, :]) * T + begin + rows[:, None]
@@ -216,7 +214,7 @@ def scan_either_way(
         S_low = S_kv.to(writer_ck.dtype)
         if out is not None:
             reader_ck = tl.load(reader + rows[:, None] * stride_reader_t + in_k[None, :], mask=mask_ck, other=0.0)
-            # First of the products, and nothing else between it and its operands: see the scan of chunk_forward.py.
+            # First of the products, and nothing else between it and its operands: docs/kernels.md, Traps.
             out_cv = tl.dot(reader_ck, S_low, input_precision=PRECISION) * on_read[:, None]
             if BQ == BK:
                 pairs = tl.dot(reader_ck, tl.trans(writer_ck), input_precision=PRECISION)
@@ -386,15 +384,10 @@ def linear_scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> d
     if size == 2 and BK <= 128:
         BV = 32 if heads is not None and heads * triton.cdiv(V, 64) < chip.multiprocessors else 64
     BV = max(16, min(BV, triton.next_power_of_2(V)))
-    BQ = min(BK, 32 if size == 4 else BK if chip.shared_memory > 200_000 else 64)
+    BQ = min(BK, 32 if size == 4 else BK if chip.large else 64)
     stage = CHUNK * (2 * BK + BV) * size
     stages = max(1, min(3, (chip.shared_memory - (BK * BV + CHUNK * (CHUNK + BV)) * size) // stage))
     return {"BK": BK, "BQ": BQ, "BV": BV, "num_warps": 4 if size == 2 else 8, "num_stages": stages}
-
-
-def number_of_heads(table: ChunkTable, HV: int, ways: int = 1) -> int | None:
-    """(segment, value head) pairs of ``ways`` scans; None under a compiler that does not know it."""
-    return ways * table.segments * HV if isinstance(table.segments, int) else None
 
 
 def linear_scan(
@@ -404,7 +397,7 @@ def linear_scan(
     """Launches :func:`linear_scan_kernel` on contiguous outputs and states; ``enter`` is that of each segment."""
     T, H, K = q.shape[1:]
     HV, V = v.shape[2:]
-    configuration = linear_scan_configuration(q, K, V, number_of_heads(table, HV))
+    configuration = linear_scan_configuration(q, K, V, table.heads(HV))
     launch(linear_scan_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
         q=q, k=k, v=v, high=x.high, low=x.low, o=o, enter=enter, leave=leave, decay=decay, scale=scale, T=T,
         **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),

@@ -35,7 +35,6 @@ from gdn_ops.kernels.triton.linear_attention import (
     empty_maps,
     linear_combine,
     linear_scan_configuration,
-    number_of_heads,
     pair_decay,
     scan_either_way,
 )
@@ -236,7 +235,7 @@ def scan_both_ways(
     """Launches :func:`linear_both_ways_kernel`; ``before`` and ``after`` are those of each segment."""
     T, H, K = q.shape[1:]
     HV, V = v.shape[2:]
-    configuration = linear_scan_configuration(q, K, V, number_of_heads(table, HV, ways=2))
+    configuration = linear_scan_configuration(q, K, V, table.heads(HV, ways=2))
     launch(linear_both_ways_kernel)[(2 * table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
         q=q, k=k, v=v, do=do, high=x.high, low=x.low, dv=dv, before=before, after=after, leave=leave,
         leave_back=leave_back, states=states, dstates=dstates, decay=decay, scale=scale, T=T,
