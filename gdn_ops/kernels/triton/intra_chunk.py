@@ -11,8 +11,9 @@ with products of fp32 accuracy: repeated keys make ``A`` anything but small. Als
 ``c`` (fp64: a strong gate must not cost the digits of the weak ones after it), ``from_start = exp(c)``,
 ``to_end = exp(c_C - c)`` and ``beta``; and ``T = inverse diag(beta)`` in place of the inverse, or beside it.
 
-**score_kernel**, one program a (chunk, key head): the product of queries and keys once, ``P`` for every value head; for
-the backward ``scale * exp(c) * Q`` too.
+**score_kernel**, one program a (chunk, key head, part of its value heads): the product of queries and keys once, ``P``
+for every value head of the part; for the delta rule's backward ``scale * exp(c) * Q`` too. Without the delta it is all
+that is left here (``linear_attention.py``).
 
 Buffers between kernels are ``[chunks, HV, C, ...]``. Where a chunk ends early their rows hold what a token would leave
 that writes nothing and does not decay: no key, no beta, and the last ``c``. So whoever reads them needs no mask, finds
@@ -259,14 +260,18 @@ def score_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,
     C: tl.constexpr,
+    MEMBERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``grown`` None: only ``P``."""
+    """``grown`` None: only ``P``. A program has ``MEMBERS`` value heads, fewer in a key head's last part."""
     GROUP: tl.constexpr = HV // H
+    PARTS: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
     scale = tl.cast(scale, tl.float32)  # Inductor passes fp64
     program = tl.program_id(0)
-    h = (program % H).to(tl.int64)
-    chunk = (program // H).to(tl.int64)
+    first = program % PARTS * MEMBERS
+    past = tl.minimum(first + MEMBERS, GROUP)
+    h = (program // PARTS % H).to(tl.int64)
+    chunk = (program // (PARTS * H)).to(tl.int64)
     b, begin, length = chunk_of(chunk, T, N, cu_seqlens, chunk_offsets, C)
     if length == 0:
         return
@@ -283,13 +288,13 @@ def score_kernel(
         k_ck = tl.load(k + rows[:, None] * stride_k_t + columns[None, :], mask=mask, other=0.0)
         qk = tl.dot(q_ck, tl.trans(k_ck), qk, input_precision=PRECISION)
         if grown is not None:
-            for member in range(0, GROUP):
+            for member in range(first, past):
                 here = (chunk * HV + h * GROUP + member) * C
                 factor_c = tl.exp(tl.load(c_sum + here + rows).to(tl.float32)) * scale
                 grown_ck = (q_ck.to(tl.float32) * factor_c[:, None]).to(grown.dtype.element_ty)
                 at = here * K + rows[:, None] * K + columns[None, :]
                 tl.store(grown + at, grown_ck, mask=(columns < K)[None, :])
-    for member in range(0, GROUP):
+    for member in range(first, past):
         here = (chunk * HV + h * GROUP + member) * C
         c = tl.load(c_sum + here + rows)
         D = tl.exp(tl.where(lower, c[:, None] - c[None, :], float("-inf")).to(tl.float32))
@@ -334,6 +339,25 @@ def score_configuration(x: Tensor, K: int) -> dict[str, int]:
     return {"BK": max(16, min(widest, triton.next_power_of_2(K))), "num_warps": warps, "num_stages": 2}
 
 
+def members(group: int, most: int) -> int:
+    """Value heads a program, at most ``most`` of a key head's ``group``, in parts as even as they can be."""
+    return triton.cdiv(group, triton.cdiv(group, most))
+
+
+def score(
+    q: Tensor, k: Tensor, c_sum: Tensor, P: Tensor, table: ChunkTable, scale: float, grown: Tensor | None = None
+) -> None:
+    """Launches :func:`score_kernel`, which fills ``P`` and, unless it is None, ``grown``."""
+    _, T, H, K = q.shape
+    HV = P.shape[1]
+    MEMBERS = members(HV // H, 8)
+    launch(score_kernel)[(table.chunks * H * triton.cdiv(HV // H, MEMBERS),)](
+        q=q, k=k, c_sum=c_sum, P=P, grown=grown, scale=scale, T=T, **table.arguments(), **strides_of("q", q),
+        **strides_of("k", k), H=H, HV=HV, K=K, C=CHUNK, MEMBERS=MEMBERS, PRECISION=precision_of(q),
+        **score_configuration(q, K),
+    )  # fmt: skip
+
+
 def intra_chunk(
     q: Tensor, k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, scale: float, backward: bool = False
 ) -> IntraChunk:
@@ -347,16 +371,11 @@ def intra_chunk(
     gates = (buffer(dtype=torch.float64), *(buffer(dtype=torch.float32) for _ in range(3)))
     more = (buffer(CHUNK), buffer(K)) if backward else (None, None)
     x = IntraChunk(*gates, buffer(CHUNK), buffer(CHUNK), *more)
-    shape = {"T": T, "H": H, "HV": HV, "K": K, "C": CHUNK, "PRECISION": precision_of(q), **table.arguments()}
-    shape |= strides_of("k", k)
     launch(invert_kernel)[(table.chunks * HV,)](
         k=k, g=g, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end, rate=x.beta, scaled=x.T,
-        inverse=x.inverse, **strides_of("g", g), **strides_of("beta", beta),
-        BK=max(16, min(64, triton.next_power_of_2(K))), num_warps=1 if q.element_size() == 2 else 4, num_stages=2,
-        **shape,
+        inverse=x.inverse, T=T, **table.arguments(), **strides_of("k", k), **strides_of("g", g),
+        **strides_of("beta", beta), H=H, HV=HV, K=K, BK=max(16, min(64, triton.next_power_of_2(K))), C=CHUNK,
+        PRECISION=precision_of(q), num_warps=1 if q.element_size() == 2 else 4, num_stages=2,
     )  # fmt: skip
-    launch(score_kernel)[(table.chunks * H,)](
-        q=q, k=k, c_sum=x.c_sum, P=x.P, grown=x.grown_q, scale=scale, **strides_of("q", q),
-        **score_configuration(q, K), **shape,
-    )  # fmt: skip
+    score(q, k, x.c_sum, x.P, table, scale, grown=x.grown_q)
     return x

@@ -1,21 +1,24 @@
 """Chunkwise gated linear attention (Mamba2's rule) on the GPU: the scan, either way, and the forward pass.
 
-**decay_kernel**, one program a (chunk, block of heads), sums the gates: ``c = cumsum(g)`` inside a chunk of ``C = 64``
-tokens, in fp64, and stores them as two fp32 numbers, ``high + low = c``: the scans subtract sums without fp64.
+With ``c = cumsum(g)`` inside a chunk of ``C = 64`` tokens and ``D_ij = exp(c_i - c_j)`` for ``i >= j`` (else 0)::
 
-**linear_scan_kernel**. One program owns a (segment, value head, tile of ``BV`` value columns) and carries its
-``[K, BV]`` tile of the state in fp32 registers from chunk to chunk. With ``D_ij = exp(c_i - c_j)`` for ``i >= j``::
+    P = scale * (Q K^T) * D      O = scale * (exp(c) * (Q S)) + P V      S <- exp(c_C) S + K^T (exp(c_C - c) * V)
 
-    O = scale * (exp(c) * (Q S) + ((Q K^T) * D) V)          S <- exp(c_C) S + K^T (exp(c_C - c) * V)
+**decay_kernel**, one program a (chunk, block of heads), sums the gates: ``c`` in fp64, ``exp(c)`` and ``exp(c_C - c)``.
+``intra_chunk.score_kernel`` makes ``P`` of them. Chunks that end early are filled up as ``intra_chunk.py`` says.
 
-Nothing is erased, so nothing of a chunk waits for the state but ``Q S``: every operand is read straight from q, k and
-v, and there are no buffers between kernels but the sums. ``Q K^T`` is made once a tile of values, which costs less than
-writing and reading it (value heads of 64 have one tile). The gradient of v runs the same way back, with dO for V, K and
-Q in each other's place, and what stands before a chunk for what stands after it::
+**linear_scan_kernel**. One program owns a (segment, value head, tile of ``BV`` value columns) and carries its tile of
+the state, values first as in ``chunk_forward.py``, in fp32 registers from chunk to chunk::
 
-    dV = exp(c_C - c) * (K dS) + scale * ((Q K^T) * D)^T dO          dS <- exp(c_C) dS + Q^T (scale * exp(c) * dO)
+    O^T = scale * exp(c) * (S^T Q^T) + V^T P^T                 S^T <- exp(c_C) S^T + (exp(c_C - c) * V^T) K
 
-so both are one function, :func:`scan_either_way`.
+The gradient of v runs the same way back, with dO for V, K and Q in each other's place, and what stands before a chunk
+for what stands after it, so both are one function, :func:`scan_either_way`::
+
+    dV^T = exp(c_C - c) * (dS^T K^T) + dO^T P                  dS^T <- exp(c_C) dS^T + (scale * exp(c) * dO^T) Q
+
+Nothing but ``S^T Q^T`` waits for the state. A left operand is a tile as it was loaded, or what registers hold of the
+state or of the values, scaled where it is; a right operand is always a tile as it was loaded (docs/kernels.md, Traps).
 
 **Segments.** With few heads a program owns a segment of the sequence (``segments.py`` says when). A segment's map of
 the state is ``S -> a S + B`` with a number ``a``: a first scan makes ``a`` and ``B`` of each, **linear_combine_kernel**
@@ -36,22 +39,30 @@ from torch import Tensor
 
 from gdn_ops.kernels.batch_invariance import is_batch_invariant
 from gdn_ops.kernels.triton import recurrent
-from gdn_ops.kernels.triton.chip import chip_of
-from gdn_ops.kernels.triton.chunk_forward import aligned, aligned_state, is_narrow, two_tokens
+from gdn_ops.kernels.triton.chunk_forward import (
+    _write_zeros,
+    aligned,
+    aligned_state,
+    is_narrow,
+    scan_configuration,
+    two_tokens,
+)
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of, chunk_table, segment_of
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
-from gdn_ops.kernels.triton.intra_chunk import WEAKEST, precision_of, strides_of
+from gdn_ops.kernels.triton.intra_chunk import WEAKEST, precision_of, score, strides_of
 from gdn_ops.kernels.triton.launch import launch
 from gdn_ops.kernels.triton.segments import segment_length
 
 COMBINED = 1024  # elements of a state that one program of linear_combine_kernel carries
+AT_ONCE = 2  # programs of a scan on a multiprocessor: its maps cost little, and it waits for memory more than not
 
 
 @triton.jit
 def decay_kernel(
     g,
-    high,
-    low,
+    c_sum,
+    from_start,
+    to_end,
     cu_seqlens,
     chunk_offsets,
     T,
@@ -65,34 +76,24 @@ def decay_kernel(
 ):
     BLOCKS: tl.constexpr = (HV + BH - 1) // BH
     program = tl.program_id(0)
-    b, begin, length = chunk_of((program // BLOCKS).to(tl.int64), T, N, cu_seqlens, chunk_offsets, C)
+    chunk = (program // BLOCKS).to(tl.int64)
+    b, begin, length = chunk_of(chunk, T, N, cu_seqlens, chunk_offsets, C)
     if length == 0:
         return
     rows = tl.arange(0, C)
     heads = (program % BLOCKS * BH + tl.arange(0, BH)).to(tl.int64)
-    mask = (rows < length)[:, None] & (heads < HV)[None, :]
+    mask_h = heads < HV
     g += b * stride_g_b + begin * stride_g_t
+    mask = (rows < length)[:, None] & mask_h[None, :]
     g_ch = tl.load(g + rows[:, None] * stride_g_t + heads[None, :] * stride_g_h, mask=mask, other=0.0).to(tl.float64)
     # Not tl.maximum, which would make the weakest gate of a NaN.
-    c_ch = tl.cumsum(tl.where(g_ch < WEAKEST, WEAKEST, g_ch), axis=0)
-    high_ch = c_ch.to(tl.float32)
-    low_ch = (c_ch - high_ch.to(tl.float64)).to(tl.float32)
-    here = (b * HV + heads[None, :]) * T + begin + rows[:, None]
-    tl.store(high + here, high_ch, mask=mask)
-    tl.store(low + here, low_ch, mask=mask)
-
-
-@triton.jit
-def pair_decay(high_c, low_c, real, C: tl.constexpr, REVERSE: tl.constexpr):
-    """``D [C, C]``: ``exp(c_i - c_j)`` for ``i >= j``; with ``REVERSE`` its transpose. Zeros elsewhere."""
-    rows = tl.arange(0, C)
-    high_cc = high_c[:, None] - high_c[None, :]
-    low_cc = low_c[:, None] - low_c[None, :]
-    both = real[:, None] & real[None, :]
-    if REVERSE:
-        return tl.exp(tl.where((rows[:, None] <= rows[None, :]) & both, -(high_cc + low_cc), float("-inf")))
-    else:
-        return tl.exp(tl.where((rows[:, None] >= rows[None, :]) & both, high_cc + low_cc, float("-inf")))
+    g_ch = tl.where(g_ch < WEAKEST, WEAKEST, g_ch)
+    c_ch = tl.cumsum(g_ch, axis=0)
+    rest_ch = tl.sum(g_ch, axis=0)[None, :] - c_ch
+    here = (chunk * HV + heads[None, :]) * C + rows[:, None]
+    tl.store(c_sum + here, c_ch, mask=mask_h[None, :])
+    tl.store(from_start + here, tl.exp(c_ch.to(tl.float32)), mask=mask_h[None, :])
+    tl.store(to_end + here, tl.exp(rest_ch.to(tl.float32)), mask=mask_h[None, :])
 
 
 @triton.jit
@@ -101,8 +102,9 @@ def scan_either_way(
     reader,
     writer,
     x,
-    high,
-    low,
+    P,
+    from_start,
+    to_end,
     out,
     enter,
     leave,
@@ -129,7 +131,6 @@ def scan_either_way(
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
-    BQ: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -139,9 +140,9 @@ def scan_either_way(
     chunks are taken last one first.
 
     ``out`` None: not computed. ``enter`` is the state that each segment is entered with (None: zeros); ``states``, if
-    not None, gets the one that each chunk is entered with. ``leave``, if not None, gets what is left of a sequence, or,
-    if ``decay`` is not None either, of each segment; the scan forward leaves in ``decay`` by how much a segment scales
-    what it is entered with. No early return: the backward has it in a branch.
+    not None, gets the one that each chunk is entered with, ``[chunks, HV, V, K]``. ``leave``, if not None, gets what is
+    left of a sequence, or, if ``decay`` is not None either, of each segment; the scan forward leaves in ``decay`` by
+    how much a segment scales what it is entered with. No early return: the backward has it in a branch.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     hv = (program // NV % HV).to(tl.int64)
@@ -150,24 +151,20 @@ def scan_either_way(
         segment, T, N, SEGMENT, cu_seqlens, chunk_offsets, segment_offsets, C
     )
     rows = tl.arange(0, C)
+    square = rows[:, None] * C + rows[None, :]
     in_k = tl.arange(0, BK)
     in_v = program % NV * BV + tl.arange(0, BV)
     mask_k = in_k < K
     mask_v = in_v < V
-    mask_kv = mask_k[:, None] & mask_v[None, :]
-    state_offsets = in_k[:, None] * V + in_v[None, :]
+    mask_vk = mask_v[:, None] & mask_k[None, :]
+    state_offsets = in_v[:, None] + in_k[None, :] * V
     h = hv // (HV // H)
     if out is not None:
         if not REVERSE:
             if cu_seqlens is not None:
-                # Tokens past the last packed sequence belong to none.
                 past = tl.load(cu_seqlens + N)
                 if (exists & last & (end == past)) | ((not exists) & (segment == 0)):
-                    zeros = tl.zeros([C, BV], dtype=out.dtype.element_ty)
-                    for start in range(past, T, C):
-                        token = start + rows
-                        tail = out + (token[:, None] * HV + hv) * V + in_v[None, :]
-                        tl.store(tail, zeros, mask=(token < T)[:, None] & mask_v[None, :])
+                    _write_zeros(out + hv * V + in_v, past, T, HV * V, mask_v, C, BV)
 
     length = tl.where(exists, end - begin, 0).to(tl.int32)
     chunks = (length + C - 1) // C
@@ -179,74 +176,66 @@ def scan_either_way(
     reader += b * stride_reader_b + token * stride_reader_t + h * stride_reader_h
     writer += b * stride_writer_b + token * stride_writer_t + h * stride_writer_h
     x += b * stride_x_b + token * stride_x_t + hv * stride_x_h
-    high += (b * HV + hv) * T + token
-    low += (b * HV + hv) * T + token
+    here = chunk * HV + hv
+    from_start += here * C
+    to_end += here * C
     if out is not None:
+        P += here * C * C
         out += ((b * T + token) * HV + hv) * V
     if states is not None:
-        states += (chunk * HV + hv) * K * V
+        states += here * K * V
     STEP: tl.constexpr = -1 if REVERSE else 1
 
     if enter is None:
-        S_kv = tl.zeros([BK, BV], dtype=tl.float32)
+        S_vk = tl.zeros([BV, BK], dtype=tl.float32)
     else:
         enter += (segment * HV + hv) * K * V
-        S_kv = tl.load(enter + state_offsets, mask=mask_kv & exists, other=0.0).to(tl.float32)
+        S_vk = tl.load(enter + state_offsets, mask=mask_vk & exists, other=0.0).to(tl.float32)
     scaled = 1.0
     scale = tl.cast(scale, tl.float32)  # Inductor passes fp64
+    # The decay of a whole chunk is loaded a chunk ahead: its product would wait for it.
+    whole = tl.load(from_start + C - 1, mask=chunks > 0, other=1.0)
     for i in range(0, chunks):
-        left = tl.minimum(length - i * C, C)
+        next_whole = tl.load(from_start + STEP * HV * C + C - 1, mask=i + 1 < chunks, other=1.0)
+        left = length - i * C
         if REVERSE:
-            left = tl.minimum(length - (chunks - 1 - i) * C, C)
+            left = length - (chunks - 1 - i) * C
         real = rows < left
         mask_ck = real[:, None] & mask_k[None, :]
         mask_cv = real[:, None] & mask_v[None, :]
         writer_ck = tl.load(writer + rows[:, None] * stride_writer_t + in_k[None, :], mask=mask_ck, other=0.0)
         x_cv = tl.load(x + rows[:, None] * stride_x_t + in_v[None, :], mask=mask_cv, other=0.0)
-        high_c = tl.load(high + rows, mask=real, other=0.0)
-        low_c = tl.load(low + rows, mask=real, other=0.0)
-        high_end = tl.load(high + left - 1)
-        low_end = tl.load(low + left - 1)
-        from_start = tl.exp(high_c) * scale
-        to_end = tl.exp((high_end - high_c) + (low_end - low_c))
-        on_read = to_end if REVERSE else from_start
-        on_write = from_start if REVERSE else to_end
-        S_low = S_kv.to(writer_ck.dtype)
+        grown_c = tl.load(from_start + rows) * scale
+        decay_c = tl.load(to_end + rows)
+        on_read = decay_c if REVERSE else grown_c
+        on_write = grown_c if REVERSE else decay_c
+        S_low = S_vk.to(writer_ck.dtype)
         if out is not None:
             reader_ck = tl.load(reader + rows[:, None] * stride_reader_t + in_k[None, :], mask=mask_ck, other=0.0)
-            # First of the products, and nothing else between it and its operands: docs/kernels.md, Traps.
-            out_cv = tl.dot(reader_ck, S_low, input_precision=PRECISION) * on_read[:, None]
-            if BQ == BK:
-                pairs = tl.dot(reader_ck, tl.trans(writer_ck), input_precision=PRECISION)
-            else:
-                pairs = tl.zeros([C, C], dtype=tl.float32)
-                for at in range(0, K, BQ):
-                    columns = at + tl.arange(0, BQ)
-                    mask_cq = real[:, None] & (columns < K)[None, :]
-                    r_cq = tl.load(reader + rows[:, None] * stride_reader_t + columns[None, :], mask=mask_cq, other=0.0)
-                    w_cq = tl.load(writer + rows[:, None] * stride_writer_t + columns[None, :], mask=mask_cq, other=0.0)
-                    pairs = tl.dot(r_cq, tl.trans(w_cq), pairs, input_precision=PRECISION)
-            D = pair_decay(high_c, low_c, real, C, REVERSE) * scale
-            pairs = (pairs * D).to(x_cv.dtype)
-            out_cv = tl.dot(pairs, x_cv, out_cv, input_precision=PRECISION)
-            out_offsets = rows[:, None] * (HV * V) + in_v[None, :]
-            tl.store(out + out_offsets, out_cv.to(out.dtype.element_ty), mask=mask_cv)
+            p_cc = tl.load(P + square)
+            near_vc = tl.dot(tl.trans(x_cv), p_cc if REVERSE else tl.trans(p_cc), input_precision=PRECISION)
+            far_vc = tl.dot(S_low, tl.trans(reader_ck), input_precision=PRECISION)
+            # Not by +, which would make one product wait for the other and add to it.
+            out_vc = tl.fma(far_vc, tl.broadcast_to(on_read[None, :], [BV, C]), near_vc)
+            out_cv = tl.trans(out_vc).to(out.dtype.element_ty)
+            tl.store(out + rows[:, None] * (HV * V) + in_v[None, :], out_cv, mask=mask_cv)
+            P += STEP * HV * C * C
             out += STEP * C * HV * V
             reader += STEP * C * stride_reader_t
         if states is not None:
-            tl.store(states + state_offsets, S_low, mask=mask_kv)
+            tl.store(states + in_v[:, None] * K + in_k[None, :], S_low, mask=mask_vk)
             states += STEP * HV * K * V
-        written_cv = (x_cv.to(tl.float32) * on_write[:, None]).to(x_cv.dtype)
-        whole = tl.exp(high_end)
-        S_kv = tl.dot(tl.trans(writer_ck), written_cv, S_kv * whole, input_precision=PRECISION)
+        written_vc = (tl.trans(x_cv).to(tl.float32) * on_write[None, :]).to(x_cv.dtype)
+        S_vk = tl.dot(written_vc, writer_ck, S_vk * whole, input_precision=PRECISION)
         scaled *= whole
+        whole = next_whole
         writer += STEP * C * stride_writer_t
         x += STEP * C * stride_x_t
-        high += STEP * C
-        low += STEP * C
+        from_start += STEP * HV * C
+        to_end += STEP * HV * C
     if leave is not None:
         if decay is not None:
-            tl.store(leave + (segment * HV + hv) * K * V + state_offsets, S_kv, mask=mask_kv & exists)
+            tl.store(leave + (segment * HV + hv) * K * V + state_offsets, S_vk, mask=mask_vk & exists)
             if not REVERSE:
                 tl.store(decay + segment * HV + hv, scaled, mask=exists & (program % NV == 0))
         else:
@@ -254,7 +243,7 @@ def scan_either_way(
             if REVERSE:
                 ends = first
             if ends & exists:
-                tl.store(leave + (n * HV + hv) * K * V + state_offsets, S_kv, mask=mask_kv)
+                tl.store(leave + (n * HV + hv) * K * V + state_offsets, S_vk, mask=mask_vk)
 
 
 @triton.jit
@@ -262,8 +251,9 @@ def linear_scan_kernel(
     q,
     k,
     v,
-    high,
-    low,
+    P,
+    from_start,
+    to_end,
     o,
     enter,
     leave,
@@ -289,15 +279,14 @@ def linear_scan_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
-    BQ: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     scan_either_way(
-        tl.program_id(0), q, k, v, high, low, o, enter, leave, None, decay, cu_seqlens, chunk_offsets, segment_offsets,
-        SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h, stride_v_b,
-        stride_v_t, stride_v_h, H, HV, K, V, BK, BQ, BV, C, PRECISION, False,
+        tl.program_id(0), q, k, v, P, from_start, to_end, o, enter, leave, None, decay, cu_seqlens, chunk_offsets,
+        segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h,
+        stride_v_b, stride_v_t, stride_v_h, H, HV, K, V, BK, BV, C, PRECISION, False,
     )  # fmt: skip
 
 
@@ -352,46 +341,38 @@ def linear_combine_kernel(
 
 
 class Decays(NamedTuple):
-    """``high + low`` is the sum of the gates from a chunk's start to a token; ``[B, HV, T]`` fp32."""
+    """``c``, ``exp(c)`` and ``exp(c_C - c)``, ``[chunks, HV, C]`` in fp64, fp32 and fp32."""
 
-    high: Tensor
-    low: Tensor
+    c_sum: Tensor
+    from_start: Tensor
+    to_end: Tensor
 
 
 def decays(g: Tensor, table: ChunkTable) -> Decays:
-    B, T, HV = g.shape
-    x = Decays(*(torch.empty((B, HV, T), dtype=torch.float32, device=g.device) for _ in range(2)))
+    T, HV = g.shape[1:]
+    dtypes = (torch.float64, torch.float32, torch.float32)
+    x = Decays(*(torch.empty((table.chunks, HV, CHUNK), dtype=dtype, device=g.device) for dtype in dtypes))
     BH = min(16, triton.next_power_of_2(HV))
     launch(decay_kernel)[(table.chunks * triton.cdiv(HV, BH),)](
-        g=g, high=x.high, low=x.low, T=T, **table.arguments(), **strides_of("g", g), HV=HV, BH=BH, C=CHUNK, num_warps=2
+        g=g, **x._asdict(), T=T, **table.arguments(), **strides_of("g", g), HV=HV, BH=BH, C=CHUNK, num_warps=2
     )
     return x
 
 
-def linear_scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> dict[str, int]:
-    """Tile and launch parameters of a scan over ``x``'s dtype on its device, by the reasons of
-    ``chunk_forward.scan_configuration``; not measured yet.
+def scores(x: Decays, q: Tensor, k: Tensor, table: ChunkTable, scale: float) -> Tensor:
+    """``P [chunks, HV, C, C]`` in q's dtype."""
+    P = torch.empty((*x.c_sum.shape, CHUNK), dtype=q.dtype, device=q.device)
+    score(q, k, x.c_sum, P, table, scale)
+    return P
 
-    ``heads`` is the number of (segment, value head) pairs, None when it is symbolic. A program multiplies Q K^T anew,
-    so tiles of 64 columns are taken whenever each multiprocessor gets a program. A step of a scan keeps reader, writer
-    and x in shared memory; two stages are the least for 16-bit operands on Hopper. fp32 operands are multiplied in
-    registers: eight warps, and Q K^T by 32 columns of keys at a time. So are 16-bit ones where there are no warpgroup
-    products: by 64, or keys of 256 spill 4 KB a thread.
-    """
-    size, chip = x.element_size(), chip_of(x)
-    BK = max(16, triton.next_power_of_2(K))
-    BV = 16
-    if size == 2 and BK <= 128:
-        BV = 32 if heads is not None and heads * triton.cdiv(V, 64) < chip.multiprocessors else 64
-    BV = max(16, min(BV, triton.next_power_of_2(V)))
-    BQ = min(BK, 32 if size == 4 else BK if chip.large else 64)
-    stage = CHUNK * (2 * BK + BV) * size
-    stages = max(1, min(3, (chip.shared_memory - (BK * BV + CHUNK * (CHUNK + BV)) * size) // stage))
-    return {"BK": BK, "BQ": BQ, "BV": BV, "num_warps": 4 if size == 2 else 8, "num_stages": stages}
+
+def linear_scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> dict[str, int]:
+    """The tiles of the delta rule's scan, which holds as much and multiplies more; not measured for itself yet."""
+    return scan_configuration(x, K, V, heads)
 
 
 def linear_scan(
-    x: Decays, q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, *,
+    x: Decays, P: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, *,
     o: Tensor | None, enter: Tensor | None, leave: Tensor | None, decay: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches :func:`linear_scan_kernel` on contiguous outputs and states; ``enter`` is that of each segment."""
@@ -399,9 +380,9 @@ def linear_scan(
     HV, V = v.shape[2:]
     configuration = linear_scan_configuration(q, K, V, table.heads(HV))
     launch(linear_scan_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
-        q=q, k=k, v=v, high=x.high, low=x.low, o=o, enter=enter, leave=leave, decay=decay, scale=scale, T=T,
-        **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
-        H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
+        q=q, k=k, v=v, P=P, from_start=x.from_start, to_end=x.to_end, o=o, enter=enter, leave=leave, decay=decay,
+        scale=scale, T=T, **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k),
+        **strides_of("v", v), H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
     )  # fmt: skip
 
 
@@ -463,13 +444,14 @@ def chunk_forward(
         if output_final_state:
             final_state.zero_() if state is None else final_state.copy_(state)
     else:
-        table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens))
+        table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, at_once=AT_ONCE))
         x, leave = decays(g, table), final_state if output_final_state else None
         if table.segment is not None:
             maps = empty_maps(q, v, table)
-            linear_scan(x, q, k, v, scale, table, o=None, enter=None, leave=maps.B, decay=maps.decay)
+            linear_scan(x, None, q, k, v, scale, table, o=None, enter=None, leave=maps.B, decay=maps.decay)
             state = linear_combine(maps, state, leave, T, table, reverse=False)
-        linear_scan(x, q, k, v, scale, table, o=o, enter=state, leave=leave)
+        P = scores(x, q, k, table, scale)
+        linear_scan(x, P, q, k, v, scale, table, o=o, enter=state, leave=leave)
     return o[..., :V].contiguous(), final_state[:, :, :K, :V].contiguous()
 
 

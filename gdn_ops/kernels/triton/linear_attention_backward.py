@@ -1,18 +1,20 @@
 """Chunkwise gated linear attention on the GPU, backward. Nothing is saved by the forward but its inputs.
 
-1. ``decay_kernel`` again, and, where sequences are cut, the maps of their segments, both ways.
+1. ``decay_kernel`` and ``score_kernel`` again, and, where sequences are cut, the maps of their segments, both ways.
 2. **linear_both_ways_kernel**: every other program scans forward and writes the state ``S`` before each chunk; the
    others scan back, write dv and ``dS``, the gradient of the state after each chunk. Neither needs the other.
-3. **linear_gradient_kernel**, one program a (chunk, key head, part of its value heads, tile of key columns), adds over
+3. **score_gradient_kernel**, one program a (chunk, value head): ``dP = scale * (dO V^T) * D``, where ``P`` was.
+4. **linear_gradient_kernel**, one program a (chunk, key head, part of its value heads, tile of key columns), adds over
    the value heads of its part::
 
-       dP = scale * (dO V^T) * D     dQ = scale * exp(c) * (dO S^T) + dP K     dK = exp(c_C - c) * (V dS^T) + dP^T Q
+       dQ = scale * exp(c) * (dO S^T) + dP K          dK = exp(c_C - c) * (V dS^T) + dP^T Q
 
    Every exp(c_i) stands with row i of Q, every exp(-c_j) with row j of K, so the gradient of c is ``Q . dQ - K . dK``,
-   row by row, and a reverse cumulative sum turns it into that of g.
+   row by row, and a reverse cumulative sum turns it into that of g. What cancels in it was made of the same rounded
+   ``dP``, and is summed before it is rounded.
 
-Mamba2 has one key head for all value heads: a part is eight of them at most, and torch adds the parts of dq and dk, as
-it adds those of dg that wide keys leave, in a fixed order. No atomics. The tests check the derivation against autograd.
+Mamba2 has one key head for all value heads: torch adds the parts of dq and dk, as it adds those of dg that wide keys
+leave, in a fixed order. No atomics. The tests check the derivation against autograd.
 """
 
 from __future__ import annotations
@@ -22,25 +24,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_ops.kernels.triton.chunk_forward import aligned, aligned_state, two_tokens
+from gdn_ops.kernels.triton.chip import chip_of
+from gdn_ops.kernels.triton.chunk_forward import aligned, aligned_state, is_narrow, two_tokens
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of, chunk_table
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
-from gdn_ops.kernels.triton.intra_chunk import precision_of, strides_of
+from gdn_ops.kernels.triton.intra_chunk import members, precision_of, strides_of
 from gdn_ops.kernels.triton.launch import launch
 from gdn_ops.kernels.triton.linear_attention import (
     AHEAD_OF_TIME,
+    AT_ONCE,
     Decays,
     ahead_of_time_inputs,
     decays,
     empty_maps,
     linear_combine,
     linear_scan_configuration,
-    pair_decay,
     scan_either_way,
+    scores,
 )
 from gdn_ops.kernels.triton.segments import segment_length
-
-MEMBERS = 8  # value heads that one program of linear_gradient_kernel goes over
 
 
 @triton.jit
@@ -49,8 +51,9 @@ def linear_both_ways_kernel(
     k,
     v,
     do,
-    high,
-    low,
+    P,
+    from_start,
+    to_end,
     dv,
     before,
     after,
@@ -83,7 +86,6 @@ def linear_both_ways_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
-    BQ: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -92,16 +94,64 @@ def linear_both_ways_kernel(
     program = tl.program_id(0)
     if program % 2 == 0:
         scan_either_way(
-            program // 2, q, k, v, high, low, None, before, leave, states, decay, cu_seqlens, chunk_offsets,
-            segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t,
-            stride_k_h, stride_v_b, stride_v_t, stride_v_h, H, HV, K, V, BK, BQ, BV, C, PRECISION, False,
+            program // 2, q, k, v, P, from_start, to_end, None, before, leave, states, decay, cu_seqlens,
+            chunk_offsets, segment_offsets, SEGMENT, scale, T, N, stride_q_b, stride_q_t, stride_q_h, stride_k_b,
+            stride_k_t, stride_k_h, stride_v_b, stride_v_t, stride_v_h, H, HV, K, V, BK, BV, C, PRECISION, False,
         )  # fmt: skip
     else:
         scan_either_way(
-            program // 2, k, q, do, high, low, dv, after, leave_back, dstates, decay, cu_seqlens, chunk_offsets,
-            segment_offsets, SEGMENT, scale, T, N, stride_k_b, stride_k_t, stride_k_h, stride_q_b, stride_q_t,
-            stride_q_h, stride_do_b, stride_do_t, stride_do_h, H, HV, K, V, BK, BQ, BV, C, PRECISION, True,
+            program // 2, k, q, do, P, from_start, to_end, dv, after, leave_back, dstates, decay, cu_seqlens,
+            chunk_offsets, segment_offsets, SEGMENT, scale, T, N, stride_k_b, stride_k_t, stride_k_h, stride_q_b,
+            stride_q_t, stride_q_h, stride_do_b, stride_do_t, stride_do_h, H, HV, K, V, BK, BV, C, PRECISION, True,
         )  # fmt: skip
+
+
+@triton.jit
+def score_gradient_kernel(
+    v,
+    do,
+    c_sum,
+    dP,
+    cu_seqlens,
+    chunk_offsets,
+    scale,
+    T,
+    N,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_do_b,
+    stride_do_t,
+    stride_do_h,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    scale = tl.cast(scale, tl.float32)  # Inductor passes fp64
+    program = tl.program_id(0)
+    hv = (program % HV).to(tl.int64)
+    b, begin, length = chunk_of((program // HV).to(tl.int64), T, N, cu_seqlens, chunk_offsets, C)
+    if length == 0:
+        return
+    rows = tl.arange(0, C)
+    real = rows < length
+    here = program.to(tl.int64) * C
+    v += b * stride_v_b + begin * stride_v_t + hv * stride_v_h
+    do += b * stride_do_b + begin * stride_do_t + hv * stride_do_h
+    dp_cc = tl.zeros([C, C], dtype=tl.float32)
+    for start in range(0, V, BV):
+        in_v = start + tl.arange(0, BV)
+        mask_cv = real[:, None] & (in_v < V)[None, :]
+        do_cv = tl.load(do + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
+        v_cv = tl.load(v + rows[:, None] * stride_v_t + in_v[None, :], mask=mask_cv, other=0.0)
+        dp_cc = tl.dot(do_cv, tl.trans(v_cv), dp_cc, input_precision=PRECISION)
+    c = tl.load(c_sum + here + rows)
+    lower = (rows[:, None] >= rows[None, :]) & real[:, None]
+    D = tl.exp(tl.where(lower, c[:, None] - c[None, :], float("-inf")).to(tl.float32))
+    dp_cc = tl.where(lower, dp_cc * D * scale, 0.0).to(dP.dtype.element_ty)
+    tl.store(dP + here * C + rows[:, None] * C + rows[None, :], dp_cc)
 
 
 @triton.jit
@@ -110,8 +160,9 @@ def linear_gradient_kernel(
     k,
     v,
     do,
-    high,
-    low,
+    from_start,
+    to_end,
+    dP,
     states,
     dstates,
     dq,
@@ -150,6 +201,7 @@ def linear_gradient_kernel(
     NK: tl.constexpr = (K + BK - 1) // BK
     GROUP: tl.constexpr = HV // H
     PARTS: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
+    scale = tl.cast(scale, tl.float32)  # Inductor passes fp64
     program = tl.program_id(0)
     tile = program % NK
     part = (program // NK % PARTS).to(tl.int64)
@@ -158,68 +210,61 @@ def linear_gradient_kernel(
     b, begin, length = chunk_of(chunk, T, N, cu_seqlens, chunk_offsets, C)
     if length == 0:
         return
-    operand = q.dtype.element_ty
     rows = tl.arange(0, C)
     real = rows < length
+    square = rows[:, None] * C + rows[None, :]
     in_k = tile * BK + tl.arange(0, BK)
     mask_k = in_k < K
     mask_ck = real[:, None] & mask_k[None, :]
     q += b * stride_q_b + begin * stride_q_t + h * stride_q_h
     k += b * stride_k_b + begin * stride_k_t + h * stride_k_h
+    q_ck = tl.load(q + rows[:, None] * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
+    k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
     dq_ck = tl.zeros([C, BK], dtype=tl.float32)
     dk_ck = tl.zeros([C, BK], dtype=tl.float32)
-    # q . dq and k . dk of the heads so far.
-    had_q = tl.zeros([C], dtype=tl.float32)
-    had_k = tl.zeros([C], dtype=tl.float32)
-    scale = tl.cast(scale, tl.float32)  # Inductor passes fp64
     for member in range(part * MEMBERS, tl.minimum(part * MEMBERS + MEMBERS, GROUP)):
         hv = h * GROUP + member
-        here = (b * HV + hv) * T + begin
+        here = (chunk * HV + hv) * C
         states_at = states + (chunk * HV + hv) * K * V
         dstates_at = dstates + (chunk * HV + hv) * K * V
         v_at = v + b * stride_v_b + begin * stride_v_t + hv * stride_v_h
         do_at = do + b * stride_do_b + begin * stride_do_t + hv * stride_do_h
-        high_c = tl.load(high + here + rows, mask=real, other=0.0)
-        low_c = tl.load(low + here + rows, mask=real, other=0.0)
-        high_end = tl.load(high + here + length - 1)
-        low_end = tl.load(low + here + length - 1)
-        from_start = tl.exp(high_c) * scale
-        to_end = tl.exp((high_end - high_c) + (low_end - low_c))
-        dp_cc = tl.zeros([C, C], dtype=tl.float32)
-        to_all = 0.0
+        # Of this member; what multiplies a row is applied when the sum over the values is there.
+        toward_q = tl.zeros([C, BK], dtype=tl.float32)
+        toward_k = tl.zeros([C, BK], dtype=tl.float32)
+        to_all_v = tl.zeros([BV], dtype=tl.float32)
         for start in range(0, V, BV):
             in_v = start + tl.arange(0, BV)
-            mask_cv = real[:, None] & (in_v < V)[None, :]
-            mask_kv = mask_k[:, None] & (in_v < V)[None, :]
-            offsets_kv = in_k[:, None] * V + in_v[None, :]
-            v_cv = tl.load(v_at + rows[:, None] * stride_v_t + in_v[None, :], mask=mask_cv, other=0.0)
+            mask_v = in_v < V
+            mask_cv = real[:, None] & mask_v[None, :]
+            mask_vk = mask_v[:, None] & mask_k[None, :]
+            offsets_vk = in_v[:, None] * K + in_k[None, :]
             do_cv = tl.load(do_at + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
-            s_kv = tl.load(states_at + offsets_kv, mask=mask_kv, other=0.0)
-            ds_kv = tl.load(dstates_at + offsets_kv, mask=mask_kv, other=0.0)
-            dp_cc = tl.dot(do_cv, tl.trans(v_cv), dp_cc, input_precision=PRECISION)
-            do_cv = (do_cv.to(tl.float32) * from_start[:, None]).to(operand)
-            v_cv = (v_cv.to(tl.float32) * to_end[:, None]).to(operand)
-            dq_ck = tl.dot(do_cv, tl.trans(s_kv), dq_ck, input_precision=PRECISION)
-            dk_ck = tl.dot(v_cv, tl.trans(ds_kv), dk_ck, input_precision=PRECISION)
-            to_all += tl.sum(tl.sum(s_kv.to(tl.float32) * ds_kv.to(tl.float32), axis=1), axis=0)
-        k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
-        q_ck = tl.load(q + rows[:, None] * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
-        dp_cc = (dp_cc * pair_decay(high_c, low_c, real, C, False) * scale).to(operand)
-        ended = tl.sum(dk_ck * k_ck.to(tl.float32), axis=1) - had_k
-        dq_ck = tl.dot(dp_cc, k_ck, dq_ck, input_precision=PRECISION)
-        dk_ck = tl.dot(tl.trans(dp_cc), q_ck, dk_ck, input_precision=PRECISION)
-        as_query = tl.sum(dq_ck * q_ck.to(tl.float32), axis=1) - had_q
-        as_key = tl.sum(dk_ck * k_ck.to(tl.float32), axis=1) - had_k
-        had_q += as_query
-        had_k += as_key
+            v_cv = tl.load(v_at + rows[:, None] * stride_v_t + in_v[None, :], mask=mask_cv, other=0.0)
+            s_vk = tl.load(states_at + offsets_vk, mask=mask_vk, other=0.0)
+            ds_vk = tl.load(dstates_at + offsets_vk, mask=mask_vk, other=0.0)
+            toward_q = tl.dot(do_cv, s_vk, toward_q, input_precision=PRECISION)
+            toward_k = tl.dot(v_cv, ds_vk, toward_k, input_precision=PRECISION)
+            to_all_v += tl.sum(s_vk.to(tl.float32) * ds_vk.to(tl.float32), axis=1)
+        whole = tl.load(from_start + here + C - 1)
+        dp_cc = tl.load(dP + here * C + square)
+        toward_q *= (tl.load(from_start + here + rows) * scale)[:, None]
+        toward_q = tl.dot(dp_cc, k_ck, toward_q, input_precision=PRECISION)
+        as_query = tl.sum(toward_q * q_ck.to(tl.float32), axis=1)
+        dq_ck += toward_q
+        toward_k *= tl.load(to_end + here + rows)[:, None]
+        ended = tl.sum(toward_k * k_ck.to(tl.float32), axis=1)
+        toward_k = tl.dot(tl.trans(dp_cc), q_ck, toward_k, input_precision=PRECISION)
+        as_key = tl.sum(toward_k * k_ck.to(tl.float32), axis=1)
+        dk_ck += toward_k
 
         dc = tl.where(real, as_query - as_key, 0.0)
+        to_all = tl.sum(to_all_v, axis=0) * whole
         # Every gate of the chunk reaches the state after it. One sum of a matrix, for the reason given in
         # chunk_backward.key_gradient_kernel.
         after = tl.sum(tl.where(rows[:, None] >= rows[None, :], dc[:, None], 0.0) + ended[:, None], axis=0)
-        after += to_all * tl.exp(high_end)
         gates = tile.to(tl.int64) * stride_tile + (b * T + begin + rows) * HV + hv
-        tl.store(dg + gates, after.to(dg.dtype.element_ty), mask=real)
+        tl.store(dg + gates, (after + to_all).to(dg.dtype.element_ty), mask=real)
     there = part * stride_part + ((b * T + begin) * H + h) * K
     out = there + rows[:, None] * (H * K) + in_k[None, :]
     tl.store(dq + out, dq_ck.to(dq.dtype.element_ty), mask=mask_ck)
@@ -227,7 +272,7 @@ def linear_gradient_kernel(
 
 
 def scan_both_ways(
-    x: Decays, do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, *,
+    x: Decays, P: Tensor | None, do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, *,
     before: Tensor | None, after: Tensor | None, leave_back: Tensor | None, dv: Tensor | None = None,
     states: Tensor | None = None, dstates: Tensor | None = None, leave: Tensor | None = None,
     decay: Tensor | None = None,
@@ -237,32 +282,38 @@ def scan_both_ways(
     HV, V = v.shape[2:]
     configuration = linear_scan_configuration(q, K, V, table.heads(HV, ways=2))
     launch(linear_both_ways_kernel)[(2 * table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
-        q=q, k=k, v=v, do=do, high=x.high, low=x.low, dv=dv, before=before, after=after, leave=leave,
-        leave_back=leave_back, states=states, dstates=dstates, decay=decay, scale=scale, T=T,
+        q=q, k=k, v=v, do=do, P=P, from_start=x.from_start, to_end=x.to_end, dv=dv, before=before, after=after,
+        leave=leave, leave_back=leave_back, states=states, dstates=dstates, decay=decay, scale=scale, T=T,
         **table.segment_arguments(), **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
         **strides_of("do", do), H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(q), **configuration,
     )  # fmt: skip
 
 
-def linear_gradient_configuration(K: int, V: int) -> dict[str, int]:
-    """Three accumulators, ``[C, BK]`` twice and ``[C, C]``; the tiles of ``chunk_backward.key_gradient_kernel`` for
-    fp32, which is all that comes here."""
-    BK, BV = (max(16, min(32, triton.next_power_of_2(width))) for width in (K, V))
-    return {"BK": BK, "BV": BV, "num_warps": 8, "num_stages": 2}
+def score_gradient_configuration(x: Tensor, V: int) -> dict[str, int]:
+    """One accumulator ``[C, C]``; not measured yet."""
+    widest, warps = (64, 4) if x.element_size() == 2 else (32, 8)
+    return {"BV": max(16, min(widest, triton.next_power_of_2(V))), "num_warps": warps, "num_stages": 2}
+
+
+def linear_gradient_configuration(x: Tensor, K: int, V: int, group: int) -> dict[str, int]:
+    """Four accumulators ``[C, BK]``; the tiles of ``chunk_backward.key_gradient_kernel``, which has five; not measured
+    yet. Sixteen value heads at most of a ``group``: parts of dq and dk in fp32 weigh as much as half of one head's
+    states then, and 2048 tokens of 64 heads still fill a chip. The order of a sum depends on nothing but the heads.
+    """
+    wide = 64 if chip_of(x).large else 32
+    BK, BV, warps = (64, wide, 4) if x.element_size() == 2 else (32, 32, 8)
+    BK, BV = (max(16, min(widest, triton.next_power_of_2(width))) for widest, width in ((BK, K), (BV, V)))
+    return {"BK": BK, "BV": BV, "MEMBERS": members(group, 16), "num_warps": warps, "num_stages": 2}
 
 
 def chunk_backward(
     do: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of q, k, v, g in their own dtypes, and of initial_state in fp32 (no rows without one).
-
-    16-bit inputs are computed in fp32: of 16-bit operands Triton 3.6 makes code for Hopper that gives wrong gradients
-    (dg is off by more than it is, dq and dk at some sizes) and reads out of bounds, where fp32 ones are right.
-    """
+    """Gradients of q, k, v, g in their own dtypes, and of initial_state in fp32 (no rows without one)."""
     T = q.shape[1]
     rest = (initial_state, cu_seqlens, scale)
-    if q.element_size() == 2:
+    if is_narrow(q, v):
         wide = [x.to(torch.float32) for x in (do, q, k, v)]
         dq, dk, dv, *others = chunk_backward(wide[0], dfinal_state, *wide[1:], g, *rest)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *others
@@ -288,43 +339,48 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, cu_seqlens, scale) ->
         return *(torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v, g)), dS
     # Tokens after the last packed sequence belong to none: their gradients are zeros.
     make = torch.empty if cu_seqlens is None else torch.zeros
-    configuration = linear_gradient_configuration(K, V)
-    tiles, parts = triton.cdiv(K, configuration["BK"]), triton.cdiv(HV // H, MEMBERS)
+    configuration = linear_gradient_configuration(q, K, V, HV // H)
+    tiles, parts = triton.cdiv(K, configuration["BK"]), triton.cdiv(HV // H, configuration["MEMBERS"])
     dq, dk = (make((parts, *q.shape), dtype=q.dtype if parts == 1 else torch.float32, device=device) for _ in range(2))
     dv = make(v.shape, dtype=v.dtype, device=device)
     dg = make((tiles, B, T, HV), dtype=g.dtype if tiles == 1 else torch.float32, device=device)
-    table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2))
+    table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2, at_once=AT_ONCE))
     x, leave = decays(g, table), None if initial_state is None else dS
     before, after = initial_state, dfinal_state
     if table.segment is not None:
         forth = empty_maps(q, v, table)
         back = forth._replace(B=torch.empty_like(forth.B))  # a segment scales both ways by the same number
         scan_both_ways(
-            x, do, q, k, v, scale, table, before=None, after=None, leave=forth.B, leave_back=back.B, decay=forth.decay
-        )
+            x, None, do, q, k, v, scale, table, before=None, after=None, leave=forth.B, leave_back=back.B,
+            decay=forth.decay,
+        )  # fmt: skip
         before = linear_combine(forth, initial_state, None, T, table, reverse=False)
         after = linear_combine(back, dfinal_state, leave, T, table, reverse=True)
-    states = torch.empty((table.chunks, HV, K, V), dtype=q.dtype, device=device)
-    dstates = torch.empty_like(states)
+    states = torch.empty((table.chunks, HV, V, K), dtype=q.dtype, device=device)
+    dstates, P = torch.empty_like(states), scores(x, q, k, table, scale)
     scan_both_ways(
-        x, do, q, k, v, scale, table, before=before, after=after, leave_back=leave, dv=dv, states=states,
+        x, P, do, q, k, v, scale, table, before=before, after=after, leave_back=leave, dv=dv, states=states,
         dstates=dstates,
     )  # fmt: skip
+    shape = {"scale": scale, "T": T, "HV": HV, "V": V, "C": CHUNK, "PRECISION": precision_of(q), **table.arguments()}
+    shape |= {**strides_of("v", v), **strides_of("do", do)}
+    dP = P  # P has been used
+    launch(score_gradient_kernel)[(table.chunks * HV,)](
+        v=v, do=do, c_sum=x.c_sum, dP=dP, **score_gradient_configuration(q, V), **shape
+    )
     launch(linear_gradient_kernel)[(table.chunks * H * parts * tiles,)](
-        q=q, k=k, v=v, do=do, high=x.high, low=x.low, states=states, dstates=dstates, dq=dq, dk=dk, dg=dg, scale=scale,
-        T=T, **table.arguments(), **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
-        **strides_of("do", do), stride_part=B * T * H * K, stride_tile=B * T * HV, H=H, HV=HV, K=K, V=V, C=CHUNK,
-        MEMBERS=MEMBERS, PRECISION=precision_of(q), **configuration,
+        q=q, k=k, v=v, do=do, from_start=x.from_start, to_end=x.to_end, dP=dP, states=states, dstates=dstates, dq=dq,
+        dk=dk, dg=dg, stride_part=B * T * H * K, stride_tile=B * T * HV, **strides_of("q", q), **strides_of("k", k),
+        H=H, K=K, **configuration, **shape,
     )  # fmt: skip
     dq, dk, dg = (part[0] if part.shape[0] == 1 else part.sum(0).to(x.dtype) for part, x in ((dq, q), (dk, k), (dg, g)))
     return dq, dk, dv, dg, dS
 
 
 def ahead_of_time_cases() -> list[CompileCase]:
-    """Whatever the inputs are, the kernels are for fp32."""
     cases = []
-    for name, _, *shape in AHEAD_OF_TIME:
-        q, k, v, g, state, cu_seqlens = ahead_of_time_inputs(torch.float32, *shape)
+    for name, *shape in AHEAD_OF_TIME:
+        q, k, v, g, state, cu_seqlens = ahead_of_time_inputs(*shape)
         call = (torch.empty_like(v), state, q, k, v, g, state, cu_seqlens, 0.1)
-        cases += cases_of_call(f"linear_attention_backward fp32 {name.split()[1]}", chunk_backward, *call)
+        cases += cases_of_call(f"linear_attention_backward {name}", chunk_backward, *call)
     return cases
