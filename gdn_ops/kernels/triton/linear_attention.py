@@ -39,6 +39,7 @@ from torch import Tensor
 
 from gdn_ops.kernels.batch_invariance import is_batch_invariant
 from gdn_ops.kernels.triton import recurrent
+from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_forward import (
     _write_zeros,
     aligned,
@@ -54,7 +55,6 @@ from gdn_ops.kernels.triton.launch import launch
 from gdn_ops.kernels.triton.segments import segment_length
 
 COMBINED = 1024  # elements of a state that one program of linear_combine_kernel carries
-AT_ONCE = 2  # programs of a scan on a multiprocessor: its maps cost little, and it waits for memory more than not
 
 
 @triton.jit
@@ -210,13 +210,14 @@ def scan_either_way(
         on_read = decay_c if REVERSE else grown_c
         on_write = grown_c if REVERSE else decay_c
         S_low = S_vk.to(writer_ck.dtype)
+        written_vc = (tl.trans(x_cv).to(tl.float32) * on_write[None, :]).to(x_cv.dtype)
+        S_vk = tl.dot(written_vc, writer_ck, S_vk * whole, input_precision=PRECISION)
         if out is not None:
             reader_ck = tl.load(reader + rows[:, None] * stride_reader_t + in_k[None, :], mask=mask_ck, other=0.0)
             p_cc = tl.load(P + square)
-            near_vc = tl.dot(tl.trans(x_cv), p_cc if REVERSE else tl.trans(p_cc), input_precision=PRECISION)
-            far_vc = tl.dot(S_low, tl.trans(reader_ck), input_precision=PRECISION)
-            # Not by +, which would make one product wait for the other and add to it.
-            out_vc = tl.fma(far_vc, tl.broadcast_to(on_read[None, :], [BV, C]), near_vc)
+            out_vc = tl.dot(S_low, tl.trans(reader_ck), input_precision=PRECISION) * on_read[None, :]
+            p_cc = p_cc if REVERSE else tl.trans(p_cc)
+            out_vc = tl.dot(tl.trans(x_cv), p_cc, out_vc, input_precision=PRECISION)
             out_cv = tl.trans(out_vc).to(out.dtype.element_ty)
             tl.store(out + rows[:, None] * (HV * V) + in_v[None, :], out_cv, mask=mask_cv)
             P += STEP * HV * C * C
@@ -225,8 +226,6 @@ def scan_either_way(
         if states is not None:
             tl.store(states + in_v[:, None] * K + in_k[None, :], S_low, mask=mask_vk)
             states += STEP * HV * K * V
-        written_vc = (tl.trans(x_cv).to(tl.float32) * on_write[None, :]).to(x_cv.dtype)
-        S_vk = tl.dot(written_vc, writer_ck, S_vk * whole, input_precision=PRECISION)
         scaled *= whole
         whole = next_whole
         writer += STEP * C * stride_writer_t
@@ -367,8 +366,20 @@ def scores(x: Decays, q: Tensor, k: Tensor, table: ChunkTable, scale: float) -> 
 
 
 def linear_scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> dict[str, int]:
-    """The tiles of the delta rule's scan, which holds as much and multiplies more; not measured for itself yet."""
-    return scan_configuration(x, K, V, heads)
+    """The tiles of the delta rule's scan, which multiplies more; not measured yet.
+
+    A warpgroup of 64 value columns needs little enough to have another one beside it, which halves what either waits
+    for: so stages are counted in half of the shared memory, but never one (docs/kernels.md, Traps).
+    """
+    plan, chip = scan_configuration(x, K, V, heads), chip_of(x)
+    stage = CHUNK * (2 * plan["BK"] + CHUNK + plan["BV"]) * x.element_size()
+    beside = 2 if chip.large and plan["num_warps"] == 4 else 1
+    return {**plan, "num_stages": max(1, min(3, chip.shared_memory // (beside * stage)))}
+
+
+def linear_segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, ways: int = 1) -> int | None:
+    """As ``segments.segment_length``: a number for a map costs little, so narrow values fill the chip twice."""
+    return segment_length(q, v, cu_seqlens, ways, at_once=2 if v.shape[3] <= 64 else 1)
 
 
 def linear_scan(
@@ -444,7 +455,7 @@ def chunk_forward(
         if output_final_state:
             final_state.zero_() if state is None else final_state.copy_(state)
     else:
-        table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, at_once=AT_ONCE))
+        table = chunk_table(B, T, cu_seqlens, linear_segment_length(q, v, cu_seqlens))
         x, leave = decays(g, table), final_state if output_final_state else None
         if table.segment is not None:
             maps = empty_maps(q, v, table)

@@ -32,17 +32,16 @@ from gdn_ops.kernels.triton.intra_chunk import members, precision_of, strides_of
 from gdn_ops.kernels.triton.launch import launch
 from gdn_ops.kernels.triton.linear_attention import (
     AHEAD_OF_TIME,
-    AT_ONCE,
     Decays,
     ahead_of_time_inputs,
     decays,
     empty_maps,
     linear_combine,
     linear_scan_configuration,
+    linear_segment_length,
     scan_either_way,
     scores,
 )
-from gdn_ops.kernels.triton.segments import segment_length
 
 
 @triton.jit
@@ -344,7 +343,7 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, cu_seqlens, scale) ->
     dq, dk = (make((parts, *q.shape), dtype=q.dtype if parts == 1 else torch.float32, device=device) for _ in range(2))
     dv = make(v.shape, dtype=v.dtype, device=device)
     dg = make((tiles, B, T, HV), dtype=g.dtype if tiles == 1 else torch.float32, device=device)
-    table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2, at_once=AT_ONCE))
+    table = chunk_table(B, T, cu_seqlens, linear_segment_length(q, v, cu_seqlens, ways=2))
     x, leave = decays(g, table), None if initial_state is None else dS
     before, after = initial_state, dfinal_state
     if table.segment is not None:
@@ -364,12 +363,12 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, cu_seqlens, scale) ->
     )  # fmt: skip
     shape = {"scale": scale, "T": T, "HV": HV, "V": V, "C": CHUNK, "PRECISION": precision_of(q), **table.arguments()}
     shape |= {**strides_of("v", v), **strides_of("do", do)}
-    dP = P  # P has been used
+    # P has been used: its memory takes dP.
     launch(score_gradient_kernel)[(table.chunks * HV,)](
-        v=v, do=do, c_sum=x.c_sum, dP=dP, **score_gradient_configuration(q, V), **shape
+        v=v, do=do, c_sum=x.c_sum, dP=P, **score_gradient_configuration(q, V), **shape
     )
     launch(linear_gradient_kernel)[(table.chunks * H * parts * tiles,)](
-        q=q, k=k, v=v, do=do, from_start=x.from_start, to_end=x.to_end, dP=dP, states=states, dstates=dstates, dq=dq,
+        q=q, k=k, v=v, do=do, from_start=x.from_start, to_end=x.to_end, dP=P, states=states, dstates=dstates, dq=dq,
         dk=dk, dg=dg, stride_part=B * T * H * K, stride_tile=B * T * HV, **strides_of("q", q), **strides_of("k", k),
         H=H, K=K, **configuration, **shape,
     )  # fmt: skip
