@@ -10,11 +10,12 @@
        dQ = scale * exp(c) * (dO S^T) + dP K          dK = exp(c_C - c) * (V dS^T) + dP^T Q
 
    Every exp(c_i) stands with row i of Q, every exp(-c_j) with row j of K, so the gradient of c is ``Q . dQ - K . dK``,
-   row by row, and a reverse cumulative sum turns it into that of g. What cancels in it was made of the same rounded
-   ``dP``, and is summed before it is rounded.
+   row by row. What cancels in it was made of the same rounded ``dP``, and is summed before it is rounded.
+5. **gate_gradient_kernel**, one program a (chunk, block of heads): a reverse cumulative sum turns the gradient of c into
+   that of g, and adds what comes through the state after the chunk. A kernel of its own because sums across rows cost
+   the one before it six barriers a head.
 
-Mamba2 has one key head for all value heads: torch adds the parts of dq and dk, as it adds those of dg that wide keys
-leave, in a fixed order. No atomics. The tests check the derivation against autograd.
+Mamba2 has one key head for all value heads: torch adds the parts of dq and dk in a fixed order. No atomics. The tests check the derivation against autograd.
 """
 
 from __future__ import annotations
@@ -166,7 +167,9 @@ def linear_gradient_kernel(
     dstates,
     dq,
     dk,
-    dg,
+    dc,
+    ended,
+    to_all,
     cu_seqlens,
     chunk_offsets,
     scale,
@@ -185,7 +188,6 @@ def linear_gradient_kernel(
     stride_do_t,
     stride_do_h,
     stride_part,
-    stride_tile,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -196,7 +198,8 @@ def linear_gradient_kernel(
     MEMBERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``dq, dk [parts, B, T, H, K]``, ``stride_part`` apart; ``dg [tiles, B, T, HV]``, ``stride_tile`` apart."""
+    """``dq, dk [parts, B, T, H, K]``, ``stride_part`` apart. ``dc``, ``ended = K . dK`` of what is left at the end of
+    the chunk, and ``to_all = S . dS`` are sums over the program's tile of keys, ``[chunks, HV, tiles, C or BV]``."""
     NK: tl.constexpr = (K + BK - 1) // BK
     GROUP: tl.constexpr = HV // H
     PARTS: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
@@ -245,29 +248,68 @@ def linear_gradient_kernel(
             toward_q = tl.dot(do_cv, s_vk, toward_q, input_precision=PRECISION)
             toward_k = tl.dot(v_cv, ds_vk, toward_k, input_precision=PRECISION)
             to_all_v += tl.sum(s_vk.to(tl.float32) * ds_vk.to(tl.float32), axis=1)
-        whole = tl.load(from_start + here + C - 1)
         dp_cc = tl.load(dP + here * C + square)
         toward_q *= (tl.load(from_start + here + rows) * scale)[:, None]
         toward_q = tl.dot(dp_cc, k_ck, toward_q, input_precision=PRECISION)
-        as_query = tl.sum(toward_q * q_ck.to(tl.float32), axis=1)
         dq_ck += toward_q
+        dc_c = tl.sum(toward_q * q_ck.to(tl.float32), axis=1)
         toward_k *= tl.load(to_end + here + rows)[:, None]
-        ended = tl.sum(toward_k * k_ck.to(tl.float32), axis=1)
+        ended_c = tl.sum(toward_k * k_ck.to(tl.float32), axis=1)
         toward_k = tl.dot(tl.trans(dp_cc), q_ck, toward_k, input_precision=PRECISION)
-        as_key = tl.sum(toward_k * k_ck.to(tl.float32), axis=1)
         dk_ck += toward_k
-
-        dc = tl.where(real, as_query - as_key, 0.0)
-        to_all = tl.sum(to_all_v, axis=0) * whole
-        # Every gate of the chunk reaches the state after it. One sum of a matrix, for the reason given in
-        # chunk_backward.key_gradient_kernel.
-        after = tl.sum(tl.where(rows[:, None] >= rows[None, :], dc[:, None], 0.0) + ended[:, None], axis=0)
-        gates = tile.to(tl.int64) * stride_tile + (b * T + begin + rows) * HV + hv
-        tl.store(dg + gates, (after + to_all).to(dg.dtype.element_ty), mask=real)
+        dc_c -= tl.sum(toward_k * k_ck.to(tl.float32), axis=1)
+        at = (chunk * HV + hv) * NK + tile
+        tl.store(dc + at * C + rows, dc_c)
+        tl.store(ended + at * C + rows, ended_c)
+        tl.store(to_all + at * BV + tl.arange(0, BV), to_all_v)
     there = part * stride_part + ((b * T + begin) * H + h) * K
     out = there + rows[:, None] * (H * K) + in_k[None, :]
     tl.store(dq + out, dq_ck.to(dq.dtype.element_ty), mask=mask_ck)
     tl.store(dk + out, dk_ck.to(dk.dtype.element_ty), mask=mask_ck)
+
+
+@triton.jit
+def gate_gradient_kernel(
+    dc,
+    ended,
+    to_all,
+    from_start,
+    dg,
+    cu_seqlens,
+    chunk_offsets,
+    T,
+    N,
+    HV: tl.constexpr,
+    NK: tl.constexpr,
+    BV: tl.constexpr,
+    BH: tl.constexpr,
+    C: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (HV + BH - 1) // BH
+    program = tl.program_id(0)
+    chunk = (program // BLOCKS).to(tl.int64)
+    b, begin, length = chunk_of(chunk, T, N, cu_seqlens, chunk_offsets, C)
+    if length == 0:
+        return
+    rows = tl.arange(0, C)
+    in_v = tl.arange(0, BV)
+    heads = (program % BLOCKS * BH + tl.arange(0, BH)).to(tl.int64)
+    mask_h = heads < HV
+    here = chunk * HV + heads
+    dc_hc = tl.zeros([BH, C], dtype=tl.float32)
+    ended_hc = tl.zeros([BH, C], dtype=tl.float32)
+    to_all_hv = tl.zeros([BH, BV], dtype=tl.float32)
+    for tile in range(0, NK):
+        at = (here * NK + tile)[:, None]
+        dc_hc += tl.load(dc + at * C + rows[None, :], mask=mask_h[:, None], other=0.0)
+        ended_hc += tl.load(ended + at * C + rows[None, :], mask=mask_h[:, None], other=0.0)
+        to_all_hv += tl.load(to_all + at * BV + in_v[None, :], mask=mask_h[:, None], other=0.0)
+    whole_h = tl.load(from_start + here * C + C - 1, mask=mask_h, other=0.0)
+    # Every gate of the chunk reaches the state after it.
+    through_h = tl.sum(ended_hc, axis=1) + tl.sum(to_all_hv, axis=1) * whole_h
+    dg_hc = tl.cumsum(dc_hc, axis=1, reverse=True) + through_h[:, None]
+    out = dg + (b * T + begin + rows)[None, :] * HV + heads[:, None]
+    tl.store(out, dg_hc.to(dg.dtype.element_ty), mask=mask_h[:, None] & (rows < length)[None, :])
 
 
 def scan_both_ways(
@@ -342,7 +384,7 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, cu_seqlens, scale) ->
     tiles, parts = triton.cdiv(K, configuration["BK"]), triton.cdiv(HV // H, configuration["MEMBERS"])
     dq, dk = (make((parts, *q.shape), dtype=q.dtype if parts == 1 else torch.float32, device=device) for _ in range(2))
     dv = make(v.shape, dtype=v.dtype, device=device)
-    dg = make((tiles, B, T, HV), dtype=g.dtype if tiles == 1 else torch.float32, device=device)
+    dg = make((B, T, HV), dtype=g.dtype, device=device)
     table = chunk_table(B, T, cu_seqlens, linear_segment_length(q, v, cu_seqlens, ways=2))
     x, leave = decays(g, table), None if initial_state is None else dS
     before, after = initial_state, dfinal_state
@@ -367,12 +409,21 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, cu_seqlens, scale) ->
     launch(score_gradient_kernel)[(table.chunks * HV,)](
         v=v, do=do, c_sum=x.c_sum, dP=P, **score_gradient_configuration(q, V), **shape
     )
+    dc, ended, to_all = (
+        torch.empty((table.chunks, HV, tiles, width), dtype=torch.float32, device=device)
+        for width in (CHUNK, CHUNK, configuration["BV"])
+    )
     launch(linear_gradient_kernel)[(table.chunks * H * parts * tiles,)](
         q=q, k=k, v=v, do=do, from_start=x.from_start, to_end=x.to_end, dP=P, states=states, dstates=dstates, dq=dq,
-        dk=dk, dg=dg, stride_part=B * T * H * K, stride_tile=B * T * HV, **strides_of("q", q), **strides_of("k", k),
-        H=H, K=K, **configuration, **shape,
+        dk=dk, dc=dc, ended=ended, to_all=to_all, stride_part=B * T * H * K, **strides_of("q", q),
+        **strides_of("k", k), H=H, K=K, **configuration, **shape,
     )  # fmt: skip
-    dq, dk, dg = (part[0] if part.shape[0] == 1 else part.sum(0).to(x.dtype) for part, x in ((dq, q), (dk, k), (dg, g)))
+    BH = min(8, triton.next_power_of_2(HV))
+    launch(gate_gradient_kernel)[(table.chunks * triton.cdiv(HV, BH),)](
+        dc=dc, ended=ended, to_all=to_all, from_start=x.from_start, dg=dg, T=T, **table.arguments(), HV=HV, NK=tiles,
+        BV=configuration["BV"], BH=BH, C=CHUNK, num_warps=4,
+    )  # fmt: skip
+    dq, dk = (part[0] if parts == 1 else part.sum(0).to(q.dtype) for part in (dq, dk))
     return dq, dk, dv, dg, dS
 
 
