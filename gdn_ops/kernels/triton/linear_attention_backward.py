@@ -11,11 +11,12 @@
 
    Every exp(c_i) stands with row i of Q, every exp(-c_j) with row j of K, so the gradient of c is ``Q . dQ - K . dK``,
    row by row. What cancels in it was made of the same rounded ``dP``, and is summed before it is rounded.
-5. **gate_gradient_kernel**, one program a (chunk, block of heads): a reverse cumulative sum turns the gradient of c into
-   that of g, and adds what comes through the state after the chunk. A kernel of its own because sums across rows cost
-   the one before it six barriers a head.
+5. **gate_gradient_kernel**, one program a (chunk, block of heads): a reverse cumulative sum turns the gradient of c
+   into that of g, and what comes through the state after the chunk is added. It is a kernel of its own because the one
+   before would wait at barriers for sums across rows.
 
-Mamba2 has one key head for all value heads: torch adds the parts of dq and dk in a fixed order. No atomics. The tests check the derivation against autograd.
+Mamba2 has one key head for all value heads: torch adds the parts of dq and dk in a fixed order. No atomics. The tests
+check the derivation against autograd.
 """
 
 from __future__ import annotations
