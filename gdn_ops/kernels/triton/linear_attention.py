@@ -369,12 +369,15 @@ def linear_scan_configuration(x: Tensor, K: int, V: int, heads: int | None) -> d
     """The tiles of the delta rule's scan, which multiplies more; not measured yet.
 
     A warpgroup of 64 value columns needs little enough to have another one beside it, which halves what either waits
-    for: so stages are counted in half of the shared memory, but never one (docs/kernels.md, Traps).
+    for: so stages are counted in half of the shared memory, but never one (docs/kernels.md, Traps). fp32 operands,
+    which are registers', have one: with two, ptxas gives up on some sizes for Hopper (10 KB spilled a thread; 0 with
+    one).
     """
-    plan, chip = scan_configuration(x, K, V, heads), chip_of(x)
-    stage = CHUNK * (2 * plan["BK"] + CHUNK + plan["BV"]) * x.element_size()
+    plan, chip, size = scan_configuration(x, K, V, heads), chip_of(x), x.element_size()
     beside = 2 if chip.large and plan["num_warps"] == 4 else 1
-    return {**plan, "num_stages": max(1, min(3, chip.shared_memory // (beside * stage)))}
+    stage = CHUNK * (2 * plan["BK"] + CHUNK + plan["BV"]) * size
+    stages = 1 if size == 4 else max(1, min(3, chip.shared_memory // (beside * stage)))
+    return {**plan, "num_stages": stages}
 
 
 def linear_segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, ways: int = 1) -> int | None:
