@@ -223,6 +223,7 @@ def linear_gradient_kernel(
     k += b * stride_k_b + begin * stride_k_t + h * stride_k_h
     q_ck = tl.load(q + rows[:, None] * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
     k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
+    diagonal = tl.arange(0, BV)[:, None] == tl.arange(0, BV)[None, :]
     dq_ck = tl.zeros([C, BK], dtype=tl.float32)
     dk_ck = tl.zeros([C, BK], dtype=tl.float32)
     for member in range(part * MEMBERS, tl.minimum(part * MEMBERS + MEMBERS, GROUP)):
@@ -235,7 +236,8 @@ def linear_gradient_kernel(
         # Of this member; what multiplies a row is applied when the sum over the values is there.
         toward_q = tl.zeros([C, BK], dtype=tl.float32)
         toward_k = tl.zeros([C, BK], dtype=tl.float32)
-        to_all_v = tl.zeros([BV], dtype=tl.float32)
+        # S . dS is the trace of a product: what a product reads must not be read otherwise (docs/kernels.md, Traps).
+        to_all_vv = tl.zeros([BV, BV], dtype=tl.float32)
         for start in range(0, V, BV):
             in_v = start + tl.arange(0, BV)
             mask_v = in_v < V
@@ -248,7 +250,8 @@ def linear_gradient_kernel(
             ds_vk = tl.load(dstates_at + offsets_vk, mask=mask_vk, other=0.0)
             toward_q = tl.dot(do_cv, s_vk, toward_q, input_precision=PRECISION)
             toward_k = tl.dot(v_cv, ds_vk, toward_k, input_precision=PRECISION)
-            to_all_v += tl.sum(s_vk.to(tl.float32) * ds_vk.to(tl.float32), axis=1)
+            to_all_vv = tl.dot(s_vk, tl.trans(ds_vk), to_all_vv, input_precision=PRECISION)
+        to_all_v = tl.sum(tl.where(diagonal, to_all_vv, 0.0), axis=1)
         dp_cc = tl.load(dP + here * C + square)
         toward_q *= (tl.load(from_start + here + rows) * scale)[:, None]
         toward_q = tl.dot(dp_cc, k_ck, toward_q, input_precision=PRECISION)
