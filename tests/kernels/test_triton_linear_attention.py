@@ -9,6 +9,7 @@ from tests.kernels.test_triton_segments import segment_of
 from tests.kernels.triton_rule import (
     DTYPES,
     LAYOUTS,
+    LOW,
     RECURRENT,
     TOKENS,
     backward,
@@ -45,6 +46,14 @@ def test_lengths_around_a_chunk(device, T):
 def test_many_value_heads_on_one_key_head(device, dtype):
     """More than one program adds up for dq and dk, and decay_kernel takes more than one block of heads."""
     check_chunk(inputs(1, 66, 1, 19, 16, 16, dtype, device))
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-2, 20.0])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_rounded_operands_at_any_gate(device, dtype, strength):
+    """The gradient of g is a difference of sums that cancel the more, the weaker the gates are."""
+    x = inputs(1, 130, 1, 3, 128, 64, dtype, device, initial_state=True)
+    check_chunk({**x, "g": x["g"] * strength})
 
 
 @pytest.mark.parametrize("K, V", [(24, 40), (100, 72), (136, 20)])
