@@ -25,12 +25,16 @@ import torch
 
 from perf import runs
 from perf.clocks import Call
+from perf.linear_providers import LINEAR_PROVIDERS
+from perf.linear_providers import cost as linear_cost
+from perf.linear_providers import peak_memory as linear_peak
 from perf.providers import OURS, PROVIDERS, Provider, difference, first_result
 from perf.records import ROOT
 from perf.shapes import DTYPES, Inputs, Shape, make_inputs
 
 Settings = dict[str, int]
 SHAPE = Shape(16, 32, 1, 8192)
+LINEAR_SHAPE = Shape(1, 64, 1, 8192, 128, 64)  # Mamba2 at 1.3B
 # Another order of the same sums changes the last bit of a bf16 now and then; a wrong kernel changes far more.
 LARGEST_DIFFERENCE = 2e-3
 SECONDS_TO_CHECK = 60.0
@@ -38,12 +42,22 @@ SECONDS_TO_CHECK = 60.0
 
 class Kernel(NamedTuple):
     """A configuration function, the modules (of ``gdn_ops.kernels.triton``) that call it, the direction that shows its
-    kernel, and what may be chosen."""
+    kernel, and what may be chosen; ``linear``: of gated linear attention."""
 
     function: str
     modules: tuple[str, ...]
     direction: str
     choices: dict[str, tuple[int, ...]]
+    linear: bool = False
+
+    @property
+    def ours(self) -> Provider:
+        return (LINEAR_PROVIDERS if self.linear else PROVIDERS)[OURS]
+
+    @property
+    def shape(self) -> Shape:
+        """What it is timed at unless told."""
+        return LINEAR_SHAPE if self.linear else SHAPE
 
 
 _TILES = {"BK": (32, 64, 128), "BV": (16, 32, 64, 128)}
@@ -58,6 +72,27 @@ KERNELS = {
         "value_gradient_configuration", ("chunk_backward",), "backward", {"BV": _TILES["BV"], **_LAUNCH}
     ),
     "key_gradient": Kernel("key_gradient_configuration", ("chunk_backward",), "backward", {**_TILES, **_LAUNCH}),
+    "linear_scan": Kernel(
+        "linear_scan_configuration",
+        ("linear_attention", "linear_attention_backward"),
+        "forward",
+        {"BV": (16, 32, 64, 128), **_LAUNCH},
+        linear=True,
+    ),
+    "score_gradient": Kernel(
+        "score_gradient_configuration",
+        ("linear_attention_backward",),
+        "backward",
+        {"BV": _TILES["BV"], **_LAUNCH},
+        linear=True,
+    ),
+    "linear_gradient": Kernel(
+        "linear_gradient_configuration",
+        ("linear_attention_backward",),
+        "backward",
+        {"BK": (32, 64), "BV": (32, 64), "MEMBERS": (8, 16, 32), **_LAUNCH},
+        linear=True,
+    ),
 }
 
 
@@ -99,7 +134,7 @@ def variant(name: str, settings: Settings) -> Provider:
     """Our operator with ``settings`` for the kernel ``name``."""
 
     def bind(x: Inputs, direction: str) -> Call:
-        call = PROVIDERS[OURS].bind(x, direction)
+        call = KERNELS[name].ours.bind(x, direction)
 
         def run():
             with chosen(KERNELS[name], settings):
@@ -113,7 +148,7 @@ def variant(name: str, settings: Settings) -> Provider:
 def check(name: str, settings: Settings, shape: Shape, direction: str, dtype: str) -> float:
     """The difference that ``settings`` make to the result, relative RMS."""
     x = make_inputs(shape, DTYPES[dtype], "cuda")
-    want = first_result(PROVIDERS[OURS].bind(x, direction))
+    want = first_result(KERNELS[name].ours.bind(x, direction))
     return difference(first_result(variant(name, settings).bind(x, direction)), want)
 
 
@@ -143,17 +178,18 @@ def sound(jobs: Sequence[tuple[Settings, list[str]]], seconds: float = SECONDS_T
     return [settings for settings, _ in jobs if settings in found]
 
 
-def tune(name: str, shape: Shape, direction: str | None, dtype: str, csv: Path, budget: float) -> None:
+def tune(name: str, shape: Shape | None, direction: str | None, dtype: str, csv: Path, budget: float) -> None:
     """Checks every setting, then measures the sound ones next to the present one within ``budget`` seconds."""
     start, kernel = time.perf_counter(), KERNELS[name]
-    direction = direction or kernel.direction
+    shape, direction = shape or kernel.shape, direction or kernel.direction
     command = [sys.executable, "-m", "perf", "tune", "--kernel", name, "--shape", ",".join(map(str, shape))]
     command += ["--direction", direction, "--dtype", dtype, "--check"]
     jobs = [(settings, [*command, text_of(settings)]) for settings in settings_of(kernel, shape)]
     found = sound(jobs, min(SECONDS_TO_CHECK, 0.7 * budget))
-    who = [PROVIDERS[OURS], *(variant(name, settings) for settings in found)]
+    who = [kernel.ours, *(variant(name, settings) for settings in found)]
     left = max(5.0, budget - (time.perf_counter() - start))
-    rows = runs.run([(shape, direction)], dtype, "cuda", who, csv, left, warm=False)
+    costs = runs.Costs(linear_cost, linear_peak) if kernel.linear else None
+    rows = runs.run([(shape, direction)], dtype, "cuda", who, csv, left, warm=False, costs=costs)
     for row in sorted((row for row in rows if row.p50_ms is not None), key=lambda row: row.p50_ms):
         print(f"{row.p50_ms:8.4f} ms  {'present' if row.provider == OURS else row.provider}")
 
@@ -161,7 +197,7 @@ def tune(name: str, shape: Shape, direction: str | None, dtype: str, csv: Path, 
 def run_check(a: argparse.Namespace) -> None:
     """The process of one setting: a difference that is too large, or not a number, is its last word."""
     direction = a.direction or KERNELS[a.kernel].direction
-    found = check(a.kernel, parse_settings(a.check), a.shape, direction, a.dtype)
+    found = check(a.kernel, parse_settings(a.check), a.shape or KERNELS[a.kernel].shape, direction, a.dtype)
     torch.cuda.synchronize()
     if not found <= LARGEST_DIFFERENCE:
         sys.exit(f"differs by {found:.1e}")

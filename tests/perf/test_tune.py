@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from gdn_ops.kernels.triton import linear_attention, linear_attention_backward
 from gdn_ops.kernels.triton.chip import CHIPS, as_if_on
 from gdn_ops.kernels.triton.chunk_backward import chunk_backward
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
@@ -19,33 +20,36 @@ from perf.tune import KERNELS, chosen, parse_settings, settings_of, sound, text_
 SHAPE = Shape(2, 4, 1, 8192)
 
 
-def launches(direction):
-    """What an H200 would be asked to launch for ``SHAPE``, by kernel."""
+def launches(kernel):
+    """What an H200 would be asked to launch for ``SHAPE``, in the direction of ``kernel``, by kernel."""
     H, HV, _, T, K, V = SHAPE
     q, v, gates = (torch.empty(1, T, *size, device="meta") for size in ((H, K), (HV, V), (HV,)))
     q, v = q.bfloat16(), v.bfloat16()
+    forward, backward, gates = chunk_forward, chunk_backward, (gates, gates)
+    if kernel.linear:
+        forward, backward, gates = linear_attention.chunk_forward, linear_attention_backward.chunk_backward, gates[:1]
     with as_if_on(CHIPS["sm_90"]):
-        if direction == "forward":
-            cases = cases_of_call("", chunk_forward, q, q, v, gates, gates, None, None, 0.1, False)
+        if kernel.direction == "forward":
+            cases = cases_of_call("", forward, q, q, v, *gates, None, None, 0.1, False)
         else:
-            cases = cases_of_call("", chunk_backward, v, None, q, q, v, gates, gates, None, None, 0.1)
+            cases = cases_of_call("", backward, v, None, q, q, v, *gates, None, None, 0.1)
     return {case.name.split("/")[1]: case for case in cases}
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_setting_is_what_is_launched_and_only_inside(name):
     kernel = KERNELS[name]
-    usual = launches(kernel.direction)
+    usual = launches(kernel)
     settings = {option: values[0] for option, values in kernel.choices.items()} | {"num_warps": 8}
     with chosen(kernel, settings):
-        changed = launches(kernel.direction)
+        changed = launches(kernel)
     different = [found for found in usual if changed[found] != usual[found]]
     assert f"{name}_kernel" in different
     case = changed[f"{name}_kernel"]
     tiles = {option: value for option, value in settings.items() if option in ("BK", "BV")}
     assert {option: case.constexprs[option] for option in tiles} == tiles
     assert (case.num_warps, case.num_stages) == (8, settings["num_stages"])
-    assert launches(kernel.direction) == usual
+    assert launches(kernel) == usual
 
 
 def test_an_error_inside_puts_the_function_back():
