@@ -101,7 +101,7 @@ def overwritten(ttgir: str) -> set[str]:
 LINEAR = ("linear_attention", "linear_attention_backward")
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.startswith("linear") or k.startswith("score_gradient")])
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.startswith(("linear", "score"))])
 def test_products_in_flight_keep_their_operands(kernel):
     cases = [case for case in report.cases_of("sm_90", LINEAR).values() if case.kernel.fn.__name__ == kernel]
     low = [case for case in cases if re.search("bf16|fp16", case.name)]
