@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import gdn_ops
-from tests.oracle import make_conv_inputs, make_inputs
+from tests.oracle import make_conv_inputs, make_inputs, make_inputs_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CHUNKED = {
@@ -48,9 +48,8 @@ def with_gradients(function: Callable, x: dict[str, Tensor | None], **options) -
     return results + list(torch.autograd.grad(sum(r.float().square().sum() for r in results), wanted))
 
 
-def chunked(shape: tuple, bounds: list[int] | None, device: str) -> list[Tensor]:
-    x = make_inputs(*shape, device, initial_state=True, cu_seqlens=bounds)
-    return with_gradients(gdn_ops.chunk_gated_delta_rule, x)
+def chunked(rule: Callable, shape: tuple, bounds: list[int] | None, device: str) -> list[Tensor]:
+    return with_gradients(rule, make_inputs_of(rule, *shape, device, initial_state=True, cu_seqlens=bounds))
 
 
 def recurrent(shape: tuple, bounds: list[int] | None, device: str) -> list[Tensor]:
@@ -79,7 +78,8 @@ def jobs() -> dict[str, Callable[[str], list[Tensor]]]:
     """What there is to run, by name; each takes the device."""
     found: dict[str, Callable[[str], list[Tensor]]] = {"pools": pools}
     for name, (shape, bounds) in CHUNKED.items():
-        found[name] = partial(chunked, shape, bounds)
+        found[name] = partial(chunked, gdn_ops.chunk_gated_delta_rule, shape, bounds)
+        found[f"linear {name}"] = partial(chunked, gdn_ops.chunk_gated_linear_attention, shape, bounds)
     for name, (shape, bounds) in RECURRENT.items():
         found[name] = partial(recurrent, shape, bounds)
     for width in (2, 4):
