@@ -84,26 +84,28 @@ def overwritten(ttgir: str) -> set[str]:
     Triton (3.6 and 3.7) keeps one buffer fewer of a tile that is read into registers as well as by products, and none
     is to spare if products of an iteration may be pending where those of the next are issued.
     """
-    if not re.search(r"warp_group_dot_wait .*pendings = [1-9]", ttgir):
-        return set()
     found = set()
-    for buffer in re.findall(r"(%\S+) = ttg\.local_alloc : \(\)", ttgir):
-        views = {buffer}
-        for view, of in re.findall(r"(%\S+) = ttg\.memdesc_\w+ (%[\w#]+)", ttgir):
-            views |= {view} if of in views else set()
-        products = re.findall(r"ttng\.warp_group_dot (%\S+), (%\S+),", ttgir)
-        read = set(re.findall(r"ttg\.local_load (%\S+)", ttgir))
-        if views & read and any(views & set(operands) for operands in products):
-            found.add(buffer)
+    for loop in re.findall(r"^( *)\S.* scf\.for .*\n((?:\1 .*\n)*)", ttgir, re.M):
+        body = loop[1]
+        if not re.search(r"warp_group_dot_wait .*pendings = [1-9]", body):
+            continue
+        products = re.findall(r"ttng\.warp_group_dot (%\S+), (%\S+),", body)
+        read = set(re.findall(r"ttg\.local_load (%\S+)", body))
+        for buffer in re.findall(r"(%\S+) = ttg\.local_alloc : \(\)", ttgir):
+            views = {buffer}
+            for view, of in re.findall(r"(%\S+) = ttg\.memdesc_\w+ (%[\w#]+)", body):
+                views |= {view} if of in views else set()
+            if views & read and any(views & set(operands) for operands in products):
+                found.add(buffer)
     return found
 
 
-LINEAR = ("linear_attention", "linear_attention_backward")
+CHUNKED = ("linear_attention", "linear_attention_backward", "chunk_forward", "chunk_backward", "bf16 256/256")
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.startswith(("linear", "score"))])
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if re.match("linear|score|scan|map|both|reverse|value|key", k)])
 def test_products_in_flight_keep_their_operands(kernel):
-    cases = [case for case in report.cases_of("sm_90", LINEAR).values() if case.kernel.fn.__name__ == kernel]
+    cases = [case for case in report.cases_of("sm_90", CHUNKED).values() if case.kernel.fn.__name__ == kernel]
     low = [case for case in cases if re.search("bf16|fp16", case.name)]
     assert low
     for case in low:

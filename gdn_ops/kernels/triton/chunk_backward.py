@@ -146,7 +146,7 @@ def reverse_segment(
         kept_vc = tl.dot(dS_low, tl.trans(k_ck), input_precision=PRECISION)
         # Not by +, which would make the other product wait for this one and add to it.
         dnew_vc = tl.fma(kept_vc, tl.broadcast_to(decay_c[None, :], [BV, C]), e_vc)
-        x_vc = tl.dot(dnew_vc.to(k_ck.dtype), inverse_cc, input_precision=PRECISION)
+        x_vc = tl.dot(dnew_vc.to(k_ck.dtype), tl.trans(inverse_cc), input_precision=PRECISION)
         if dstates is not None:
             tl.store(dstates + in_v[:, None] * K + in_k[None, :], dS_low, mask=mask_vk)
             tl.store(X + in_v[:, None] * C + rows[None, :], x_vc.to(X.dtype.element_ty), mask=mask_v[:, None])
@@ -316,6 +316,7 @@ def value_gradient_kernel(
     written += here * V
     dv += there * V
     beta_c = tl.load(beta + here + rows)
+    one = tl.where(length > 0, 1.0, 0.0)
     dp_cc = tl.zeros([C, C], dtype=tl.float32)
     da_cc = tl.zeros([C, C], dtype=tl.float32)
     dbeta_c = tl.zeros([C], dtype=tl.float32)
@@ -328,8 +329,8 @@ def value_gradient_kernel(
         new_vc = tl.load(written + offsets_vc, mask=mask_v[:, None], other=0.0)
         do_cv = tl.load(do + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
         v_cv = tl.load(v + rows[:, None] * stride_v_t + in_v[None, :], mask=mask_cv, other=0.0)
-        dp_cc = tl.dot(do_cv, new_vc, dp_cc, input_precision=PRECISION)
-        da_cc = tl.dot(tl.trans(x_vc), new_vc, da_cc, input_precision=PRECISION)
+        dp_cc = tl.dot(do_cv, new_vc, dp_cc, input_precision=PRECISION) * one  # see key_gradient_kernel
+        da_cc = tl.dot(tl.trans(x_vc), new_vc, da_cc, input_precision=PRECISION) * one
         x_cv = tl.trans(x_vc).to(tl.float32)
         dbeta_c += tl.sum(x_cv * v_cv.to(tl.float32), axis=1)
         dv_cv = (x_cv * beta_c[:, None]).to(dv.dtype.element_ty)
@@ -360,6 +361,7 @@ def key_gradient_kernel(
     states,
     dstates,
     dbeta_of_value,
+    dc,
     dq,
     dk,
     dg,
@@ -400,6 +402,7 @@ def key_gradient_kernel(
     if length == 0:
         return
     low = q.dtype.element_ty
+    one = tl.where(length > 0, 1.0, 0.0)
     rows = tl.arange(0, C)
     real = rows < length
     square = rows[:, None] * C + rows[None, :]
@@ -411,6 +414,33 @@ def key_gradient_kernel(
     q_ck = tl.load(q + rows[:, None] * stride_q_t + in_k[None, :], mask=mask_ck, other=0.0)
     k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
     dq_ck = tl.zeros([C, BK], dtype=tl.float32)
+    for member in range(0, GROUP):
+        hv = h * GROUP + member
+        here = (chunk * HV + hv) * C
+        states_at = states + (chunk * HV + hv) * K * V
+        do_at = do + b * stride_do_b + begin * stride_do_t + hv * stride_do_h
+        # Of this member; what multiplies a row is applied when the sum over the values is there.
+        toward_q = tl.zeros([C, BK], dtype=tl.float32)
+        for start in range(0, V, BV):
+            in_v = start + tl.arange(0, BV)
+            mask_v = in_v < V
+            mask_cv = real[:, None] & mask_v[None, :]
+            do_cv = tl.load(do_at + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
+            s_vk = tl.load(
+                states_at + in_v[:, None] * K + in_k[None, :], mask=mask_v[:, None] & mask_k[None, :], other=0.0
+            )
+            toward_q = tl.dot(do_cv, s_vk, toward_q, input_precision=PRECISION)
+        grown_c = tl.load(from_start + here + rows)
+        dp_cc = tl.load(dP + here * C + square)
+        toward_q = tl.dot(dp_cc, k_ck, toward_q * (grown_c * scale)[:, None], input_precision=PRECISION)
+        as_query = tl.sum(toward_q * q_ck.to(tl.float32), axis=1)
+        dq_ck += toward_q
+        # Until the other half of this kernel adds to it, dg holds the queries' part of the gradient of c.
+        tl.store(dc + tile * stride_part + (b * T + begin) * HV + hv + rows * HV, as_query, mask=real)
+    out = ((b * T + begin) * H + h) * K + rows[:, None] * (H * K) + in_k[None, :]
+    tl.store(dq + out, dq_ck.to(dq.dtype.element_ty), mask=mask_ck)
+    tl.debug_barrier()  # other threads may read what these have written to dc
+
     dk_ck = tl.zeros([C, BK], dtype=tl.float32)
     for member in range(0, GROUP):
         hv = h * GROUP + member
@@ -419,37 +449,29 @@ def key_gradient_kernel(
         X_at = X + here * V
         states_at = states + (chunk * HV + hv) * K * V
         dstates_at = dstates + (chunk * HV + hv) * K * V
-        do_at = do + b * stride_do_b + begin * stride_do_t + hv * stride_do_h
-        # Of this member; what multiplies a row is applied when the sum over the values is there.
-        toward_q = tl.zeros([C, BK], dtype=tl.float32)
         toward_k = tl.zeros([C, BK], dtype=tl.float32)
         r_ck = tl.zeros([C, BK], dtype=tl.float32)
         to_all_v = tl.zeros([BV], dtype=tl.float32)
         for start in range(0, V, BV):
             in_v = start + tl.arange(0, BV)
             mask_v = in_v < V
-            mask_cv = real[:, None] & mask_v[None, :]
             mask_vk = mask_v[:, None] & mask_k[None, :]
             offsets_vc = in_v[:, None] * C + rows[None, :]
             offsets_vk = in_v[:, None] * K + in_k[None, :]
-            do_cv = tl.load(do_at + rows[:, None] * stride_do_t + in_v[None, :], mask=mask_cv, other=0.0)
             x_vc = tl.load(X_at + offsets_vc, mask=mask_v[:, None], other=0.0)
             new_vc = tl.load(written_at + offsets_vc, mask=mask_v[:, None], other=0.0)
             s_vk = tl.load(states_at + offsets_vk, mask=mask_vk, other=0.0)
             ds_vk = tl.load(dstates_at + offsets_vk, mask=mask_vk, other=0.0)
-            toward_q = tl.dot(do_cv, s_vk, toward_q, input_precision=PRECISION)
-            r_ck = tl.dot(tl.trans(x_vc), s_vk, r_ck, input_precision=PRECISION)
-            toward_k = tl.dot(tl.trans(new_vc), ds_vk, toward_k, input_precision=PRECISION)
+            # By one, so that they end here: what is also read below must not be overwritten while a product runs.
+            r_ck = tl.dot(tl.trans(x_vc), s_vk, r_ck, input_precision=PRECISION) * one
+            toward_k = tl.dot(tl.trans(new_vc), ds_vk, toward_k, input_precision=PRECISION) * one
             to_all_v += tl.sum(s_vk.to(tl.float32) * ds_vk.to(tl.float32), axis=1)
         grown_c = tl.load(from_start + here + rows)
         beta_c = tl.load(beta + here + rows)
         whole = tl.load(from_start + here + C - 1)
-        dp_cc = tl.load(dP + here * C + square)
-        toward_q = tl.dot(dp_cc, k_ck, toward_q * (grown_c * scale)[:, None], input_precision=PRECISION)
-        as_query = tl.sum(toward_q * q_ck.to(tl.float32), axis=1)
-        dq_ck += toward_q
         toward_k *= tl.load(to_end + here + rows)[:, None]
         ended = tl.sum(toward_k * k_ck.to(tl.float32), axis=1)
+        dp_cc = tl.load(dP + here * C + square)
         toward_k = tl.dot(tl.trans(dp_cc), q_ck, toward_k, input_precision=PRECISION)
         da_cc = tl.load(dA + here * C + square)
         r_ck = tl.dot(da_cc, k_ck, r_ck * grown_c[:, None], input_precision=PRECISION)
@@ -462,18 +484,15 @@ def key_gradient_kernel(
 
         there = (b * T + begin) * HV + hv
         gates = tile * stride_part + there
-        dc = tl.where(real, as_query + as_row * beta_c - as_column, 0.0)
+        as_query = tl.load(dc + gates + rows * HV, mask=real, other=0.0)
+        of_c = tl.where(real, as_query + as_row * beta_c - as_column, 0.0)
         to_all = tl.sum(to_all_v, axis=0) * whole
         # Every gate of the chunk reaches the state after it. One sum of a matrix: Triton 3.7 fails to compile, for
         # sm_100, a sum of the vector ``ended``.
-        after = tl.sum(tl.where(rows[:, None] >= rows[None, :], dc[:, None], 0.0) + ended[:, None], axis=0)
+        after = tl.sum(tl.where(rows[:, None] >= rows[None, :], of_c[:, None], 0.0) + ended[:, None], axis=0)
         as_row += tl.load(dbeta_of_value + there + rows * HV, mask=real & (tile == 0), other=0.0)
         tl.store(dg + gates + rows * HV, (after + to_all).to(dg.dtype.element_ty), mask=real)
         tl.store(dbeta + gates + rows * HV, as_row.to(dbeta.dtype.element_ty), mask=real)
-    dq += ((b * T + begin) * H + h) * K
-    dk += ((b * T + begin) * H + h) * K
-    out = rows[:, None] * (H * K) + in_k[None, :]
-    tl.store(dq + out, dq_ck.to(dq.dtype.element_ty), mask=mask_ck)
     tl.store(dk + out, dk_ck.to(dk.dtype.element_ty), mask=mask_ck)
 
 
@@ -526,7 +545,7 @@ def key_gradient_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
     wide = 64 if chip_of(x).large else 32
     BK, BV, warps = (64, wide, 4) if x.element_size() == 2 else (32, 32, 8)
     BK, BV = (max(16, min(widest, triton.next_power_of_2(width))) for widest, width in ((BK, K), (BV, V)))
-    return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 2}
+    return {"BK": BK, "BV": BV, "num_warps": warps, "num_stages": 3 if BV == 64 and warps == 4 else 2}
 
 
 def chunk_backward(
@@ -592,9 +611,10 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
         v=v, do=do, c_sum=x.c_sum, beta=x.beta, written=written, X=X, dP=dP, dA=dA, dv=dv, dbeta=dbeta_of_value,
         **strides_of("v", v), **value_gradient_configuration(q, V), **shape,
     )  # fmt: skip
+    dc = torch.empty((tiles, B, T, HV), dtype=torch.float32, device=device)
     launch(key_gradient_kernel)[(table.chunks * H * tiles,)](
         q=q, k=k, do=do, beta=x.beta, from_start=x.from_start, to_end=x.to_end, written=written, X=X, dP=dP, dA=dA,
-        states=states, dstates=dstates, dbeta_of_value=dbeta_of_value, dq=dq, dk=dk, dg=dg, dbeta=dbeta,
+        states=states, dstates=dstates, dbeta_of_value=dbeta_of_value, dc=dc, dq=dq, dk=dk, dg=dg, dbeta=dbeta,
         stride_part=B * T * HV, **strides_of("q", q), **strides_of("k", k), H=H, K=K, **configuration, **shape,
     )  # fmt: skip
     dg, dbeta = (part[0] if tiles == 1 else part.sum(0).to(x.dtype) for part, x in ((dg, g), (dbeta, beta)))

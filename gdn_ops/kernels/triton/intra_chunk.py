@@ -53,23 +53,72 @@ def _diagonal_block(kk, beta, c):
 
 
 @triton.jit
-def _invert_16(A):
-    """``(I + A)^-1`` of a strictly lower 16 x 16 block, row by row."""
+def _invert_16(A, PRECISION: tl.constexpr):
+    """``(I + A)^-1`` of a strictly lower 16 x 16 block: its two 8 x 8 blocks row by row, both at once, then the
+    whole by block substitution."""
     rows = tl.arange(0, 16)
-    inverse = -A
-    for i in range(2, 16):
-        row = tl.sum(tl.where((rows == i)[:, None], -A, 0.0), axis=0)
+    i = rows[:, None]
+    j = rows[None, :]
+    eight = i // 8 == j // 8
+    inverse = tl.where(eight, -A, 0.0)
+    for step in range(2, 8):
+        row = tl.sum(tl.where(i % 8 == step, inverse, 0.0), axis=0)
         row += tl.sum(row[:, None] * inverse, axis=0)
-        inverse = tl.where((rows == i)[:, None], row[None, :], inverse)
-    return inverse + tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
+        inverse = tl.where((i % 8 == step) & eight, row[None, :], inverse)
+    inverse += tl.where(i == j, 1.0, 0.0)
+    x = tl.dot(tl.where(eight, 0.0, A), inverse, input_precision=PRECISION)
+    inverse -= tl.dot(inverse, x, input_precision=PRECISION)
+    return inverse
 
 
 @triton.jit
-def _store_16(inverse, scaled, block, beta, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
+def _store_16(x, rest, block, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
     at = (i * 16 + tl.arange(0, 16))[:, None] * C + (j * 16 + tl.arange(0, 16))[None, :]
-    tl.store(scaled + at, (block * beta[None, :]).to(scaled.dtype.element_ty))
-    if inverse is not None:
-        tl.store(inverse + at, block.to(inverse.dtype.element_ty))
+    rounded = block.to(x.dtype.element_ty)
+    tl.store(x + at, rounded)
+    if rest is not None:
+        tl.store(rest + at, (block - rounded.to(tl.float32)).to(rest.dtype.element_ty))
+
+
+@triton.jit
+def _exact_row(x, rest, i, C: tl.constexpr):
+    at = i * C + tl.arange(0, C)
+    return tl.load(x + at).to(tl.float32) + tl.load(rest + at).to(tl.float32)
+
+
+@triton.jit
+def _round_row(x, row, left, i, C: tl.constexpr):
+    row += left
+    rounded = row.to(x.dtype.element_ty)
+    tl.store(x + i * C + tl.arange(0, C), rounded)
+    return row - rounded.to(tl.float32)
+
+
+@triton.jit
+def _round_columns(x, rest, first: tl.constexpr, step: tl.constexpr, C: tl.constexpr):
+    """Rounds ``x + rest`` so that the sums down every column stay right: what one row loses, the next one gets."""
+    tl.debug_barrier()  # what is read here, other threads have stored
+    left = tl.zeros([C], dtype=tl.float32)
+    for n in range(0, C, 8):
+        i = first + n * step
+        # All loaded before any is stored, or each load would wait for the store before it.
+        r0 = _exact_row(x, rest, i, C)
+        r1 = _exact_row(x, rest, i + step, C)
+        r2 = _exact_row(x, rest, i + 2 * step, C)
+        r3 = _exact_row(x, rest, i + 3 * step, C)
+        r4 = _exact_row(x, rest, i + 4 * step, C)
+        r5 = _exact_row(x, rest, i + 5 * step, C)
+        r6 = _exact_row(x, rest, i + 6 * step, C)
+        r7 = _exact_row(x, rest, i + 7 * step, C)
+        left = _round_row(x, r0, left, i, C)
+        left = _round_row(x, r1, left, i + step, C)
+        left = _round_row(x, r2, left, i + 2 * step, C)
+        left = _round_row(x, r3, left, i + 3 * step, C)
+        left = _round_row(x, r4, left, i + 4 * step, C)
+        left = _round_row(x, r5, left, i + 5 * step, C)
+        left = _round_row(x, r6, left, i + 6 * step, C)
+        left = _round_row(x, r7, left, i + 7 * step, C)
+    tl.debug_barrier()  # of ``rest``, the next may be stored
 
 
 @triton.jit
@@ -90,6 +139,7 @@ def invert_kernel(
     to_end,
     rate,
     scaled,
+    rest,
     inverse,
     cu_seqlens,
     chunk_offsets,
@@ -111,7 +161,8 @@ def invert_kernel(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``inverse`` None: only ``scaled``, which is ``T``."""
+    """``scaled`` is ``T``, ``inverse`` the transposed inverse, or None. ``rest`` is scratch of their shape, None where
+    fp32 holds all digits."""
     program = tl.program_id(0)
     hv = (program % HV).to(tl.int64)
     b, begin, length = chunk_of(program // HV, T, N, cu_seqlens, chunk_offsets, C)
@@ -126,6 +177,8 @@ def invert_kernel(
     to_end += here
     rate += here
     scaled += here * C
+    if rest is not None:
+        rest += here * C
     if inverse is not None:
         inverse += here * C
 
@@ -189,10 +242,10 @@ def invert_kernel(
         kk32 = tl.dot(k3, t2, kk32, input_precision=PRECISION)
         kk33 = tl.dot(k3, tl.trans(k3), kk33, input_precision=PRECISION)
 
-    i00 = _invert_16(_diagonal_block(kk00, beta0, c0))
-    i11 = _invert_16(_diagonal_block(kk11, beta1, c1))
-    i22 = _invert_16(_diagonal_block(kk22, beta2, c2))
-    i33 = _invert_16(_diagonal_block(kk33, beta3, c3))
+    i00 = _invert_16(_diagonal_block(kk00, beta0, c0), PRECISION)
+    i11 = _invert_16(_diagonal_block(kk11, beta1, c1), PRECISION)
+    i22 = _invert_16(_diagonal_block(kk22, beta2, c2), PRECISION)
+    i33 = _invert_16(_diagonal_block(kk33, beta3, c3), PRECISION)
     a10 = _block(kk10, beta1, c1, c0)
     a20 = _block(kk20, beta2, c2, c0)
     a21 = _block(kk21, beta2, c2, c1)
@@ -219,22 +272,43 @@ def invert_kernel(
     beta2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32)
     beta3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32)
     zero = tl.zeros([16, 16], dtype=tl.float32)
-    _store_16(inverse, scaled, i00, beta0, 0, 0, C)
-    _store_16(inverse, scaled, zero, beta1, 0, 1, C)
-    _store_16(inverse, scaled, zero, beta2, 0, 2, C)
-    _store_16(inverse, scaled, zero, beta3, 0, 3, C)
-    _store_16(inverse, scaled, i10, beta0, 1, 0, C)
-    _store_16(inverse, scaled, i11, beta1, 1, 1, C)
-    _store_16(inverse, scaled, zero, beta2, 1, 2, C)
-    _store_16(inverse, scaled, zero, beta3, 1, 3, C)
-    _store_16(inverse, scaled, i20, beta0, 2, 0, C)
-    _store_16(inverse, scaled, i21, beta1, 2, 1, C)
-    _store_16(inverse, scaled, i22, beta2, 2, 2, C)
-    _store_16(inverse, scaled, zero, beta3, 2, 3, C)
-    _store_16(inverse, scaled, i30, beta0, 3, 0, C)
-    _store_16(inverse, scaled, i31, beta1, 3, 1, C)
-    _store_16(inverse, scaled, i32, beta2, 3, 2, C)
-    _store_16(inverse, scaled, i33, beta3, 3, 3, C)
+    _store_16(scaled, rest, i00 * beta0[None, :], 0, 0, C)
+    _store_16(scaled, rest, zero, 0, 1, C)
+    _store_16(scaled, rest, zero, 0, 2, C)
+    _store_16(scaled, rest, zero, 0, 3, C)
+    _store_16(scaled, rest, i10 * beta0[None, :], 1, 0, C)
+    _store_16(scaled, rest, i11 * beta1[None, :], 1, 1, C)
+    _store_16(scaled, rest, zero, 1, 2, C)
+    _store_16(scaled, rest, zero, 1, 3, C)
+    _store_16(scaled, rest, i20 * beta0[None, :], 2, 0, C)
+    _store_16(scaled, rest, i21 * beta1[None, :], 2, 1, C)
+    _store_16(scaled, rest, i22 * beta2[None, :], 2, 2, C)
+    _store_16(scaled, rest, zero, 2, 3, C)
+    _store_16(scaled, rest, i30 * beta0[None, :], 3, 0, C)
+    _store_16(scaled, rest, i31 * beta1[None, :], 3, 1, C)
+    _store_16(scaled, rest, i32 * beta2[None, :], 3, 2, C)
+    _store_16(scaled, rest, i33 * beta3[None, :], 3, 3, C)
+    if rest is not None:
+        _round_columns(scaled, rest, 0, 1, C)
+    if inverse is not None:
+        _store_16(inverse, rest, tl.trans(i00), 0, 0, C)
+        _store_16(inverse, rest, tl.trans(i10), 0, 1, C)
+        _store_16(inverse, rest, tl.trans(i20), 0, 2, C)
+        _store_16(inverse, rest, tl.trans(i30), 0, 3, C)
+        _store_16(inverse, rest, zero, 1, 0, C)
+        _store_16(inverse, rest, tl.trans(i11), 1, 1, C)
+        _store_16(inverse, rest, tl.trans(i21), 1, 2, C)
+        _store_16(inverse, rest, tl.trans(i31), 1, 3, C)
+        _store_16(inverse, rest, zero, 2, 0, C)
+        _store_16(inverse, rest, zero, 2, 1, C)
+        _store_16(inverse, rest, tl.trans(i22), 2, 2, C)
+        _store_16(inverse, rest, tl.trans(i32), 2, 3, C)
+        _store_16(inverse, rest, zero, 3, 0, C)
+        _store_16(inverse, rest, zero, 3, 1, C)
+        _store_16(inverse, rest, zero, 3, 2, C)
+        _store_16(inverse, rest, tl.trans(i33), 3, 3, C)
+        if rest is not None:
+            _round_columns(inverse, rest, C - 1, -1, C)
 
 
 @triton.jit
@@ -280,13 +354,15 @@ def score_kernel(
     rows = tl.arange(0, C)
     real = rows < length
     lower = (rows[:, None] >= rows[None, :]) & real[:, None]
+    one = tl.where(length > 0, 1.0, 0.0)
     qk = tl.zeros([C, C], dtype=tl.float32)
     for start in range(0, K, BK):
         columns = start + tl.arange(0, BK)
         mask = real[:, None] & (columns < K)[None, :]
         q_ck = tl.load(q + rows[:, None] * stride_q_t + columns[None, :], mask=mask, other=0.0)
         k_ck = tl.load(k + rows[:, None] * stride_k_t + columns[None, :], mask=mask, other=0.0)
-        qk = tl.dot(q_ck, tl.trans(k_ck), qk, input_precision=PRECISION)
+        # By one, so that it ends here: the tile that is also read below must not be overwritten while it runs.
+        qk = tl.dot(q_ck, tl.trans(k_ck), qk, input_precision=PRECISION) * one
         if grown is not None:
             for member in range(first, past):
                 here = (chunk * HV + h * GROUP + member) * C
@@ -373,7 +449,8 @@ def intra_chunk(
     x = IntraChunk(*gates, buffer(CHUNK), buffer(CHUNK), *more)
     launch(invert_kernel)[(table.chunks * HV,)](
         k=k, g=g, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end, rate=x.beta, scaled=x.T,
-        inverse=x.inverse, T=T, **table.arguments(), **strides_of("k", k), **strides_of("g", g),
+        rest=x.P if q.element_size() == 2 else None, inverse=x.inverse, T=T, **table.arguments(),
+        **strides_of("k", k), **strides_of("g", g),
         **strides_of("beta", beta), H=H, HV=HV, K=K, BK=max(16, min(64, triton.next_power_of_2(K))), C=CHUNK,
         PRECISION=precision_of(q), num_warps=1 if q.element_size() == 2 else 4, num_stages=2,
     )  # fmt: skip
