@@ -191,18 +191,29 @@ def test_strong_gates_between_weak_ones(function, device, dtype, gate):
     check(function, x)
 
 
-@pytest.mark.parametrize("beta", [0.999, 0.6])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_repeated_identical_keys(function, device, dtype, seed, beta):
-    """The triangular system at its worst: one key written over and over, no forgetting. What a rounding of its inverse
-    loses would come back with every token."""
-    x = make_inputs_of(function, 1, 130, 1, 2, 32, 24, dtype, device, initial_state=True, seed=seed)
+def repeated_keys(function, K, V, dtype, device, beta, seed):
+    """The triangular system at its worst: one key written over and over, no forgetting."""
+    x = make_inputs_of(function, 1, 130, 1, 2, K, V, dtype, device, initial_state=True, seed=seed)
     x["k"] = x["k"][:, :1].expand_as(x["k"]).contiguous()
     if "beta" in x:
         x["beta"] = torch.full_like(x["beta"], beta)
     x["g"] = torch.full_like(x["g"], -1e-6)
-    check(function, x)
+    return x
+
+
+@pytest.mark.parametrize("beta", [0.999, 0.6])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeated_identical_keys(function, device, dtype, seed, beta):
+    """What a rounding of the inverse loses would be lost again with every token."""
+    x = repeated_keys(function, 128, 64, dtype, device, beta, seed)
+    o, final_state = function(**x, output_final_state=True)
+    assert_all_close({"o": o, "final_state": final_state}, expected(x), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_repeated_identical_keys(function, device, dtype):
+    check(function, repeated_keys(function, 32, 24, dtype, device, 0.999, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -87,16 +87,19 @@ def _exact_row(x, rest, i, C: tl.constexpr):
 
 
 @triton.jit
-def _round_row(x, row, left, i, C: tl.constexpr):
-    row += left
+def _round_row(x, row, left, likeness, i, AFTER: tl.constexpr, C: tl.constexpr):
+    # Backwards, a row gets from the one after it: what these two have in common stands there.
+    alike = tl.load(likeness + i + AFTER, mask=i + AFTER < C, other=0.0)
+    row += left * alike
     rounded = row.to(x.dtype.element_ty)
     tl.store(x + i * C + tl.arange(0, C), rounded)
     return row - rounded.to(tl.float32)
 
 
 @triton.jit
-def _round_columns(x, rest, first: tl.constexpr, step: tl.constexpr, C: tl.constexpr):
-    """Rounds ``x + rest`` so that the sums down every column stay right: what one row loses, the next one gets."""
+def _round_rows(x, rest, likeness, first: tl.constexpr, step: tl.constexpr, C: tl.constexpr):
+    """Rounds ``x + rest``, and what one row loses the next one gets, as far as their keys are alike."""
+    AFTER: tl.constexpr = 1 if step < 0 else 0
     tl.debug_barrier()  # what is read here, other threads have stored
     left = tl.zeros([C], dtype=tl.float32)
     for n in range(0, C, 8):
@@ -110,15 +113,30 @@ def _round_columns(x, rest, first: tl.constexpr, step: tl.constexpr, C: tl.const
         r5 = _exact_row(x, rest, i + 5 * step, C)
         r6 = _exact_row(x, rest, i + 6 * step, C)
         r7 = _exact_row(x, rest, i + 7 * step, C)
-        left = _round_row(x, r0, left, i, C)
-        left = _round_row(x, r1, left, i + step, C)
-        left = _round_row(x, r2, left, i + 2 * step, C)
-        left = _round_row(x, r3, left, i + 3 * step, C)
-        left = _round_row(x, r4, left, i + 4 * step, C)
-        left = _round_row(x, r5, left, i + 5 * step, C)
-        left = _round_row(x, r6, left, i + 6 * step, C)
-        left = _round_row(x, r7, left, i + 7 * step, C)
+        left = _round_row(x, r0, left, likeness, i, AFTER, C)
+        left = _round_row(x, r1, left, likeness, i + step, AFTER, C)
+        left = _round_row(x, r2, left, likeness, i + 2 * step, AFTER, C)
+        left = _round_row(x, r3, left, likeness, i + 3 * step, AFTER, C)
+        left = _round_row(x, r4, left, likeness, i + 4 * step, AFTER, C)
+        left = _round_row(x, r5, left, likeness, i + 5 * step, AFTER, C)
+        left = _round_row(x, r6, left, likeness, i + 6 * step, AFTER, C)
+        left = _round_row(x, r7, left, likeness, i + 7 * step, AFTER, C)
     tl.debug_barrier()  # of ``rest``, the next may be stored
+
+
+@triton.jit
+def _store_likeness(likeness, kk, kk_before, g, first: tl.constexpr):
+    """Of 16 tokens: how much of its key each has in common with the one before it, after the decay in between."""
+    r = tl.arange(0, 16)
+    i = r[:, None]
+    j = r[None, :]
+    common = tl.sum(tl.where(i == j + 1, kk, 0.0), axis=1)
+    if kk_before is not None:
+        common += tl.sum(tl.where((i == 0) & (j == 15), kk_before, 0.0), axis=1)
+    own = tl.sum(tl.where(i == j, kk, 0.0), axis=1)
+    alike = tl.where(own > 0, common / tl.where(own > 0, own, 1.0), 0.0)
+    alike = tl.minimum(tl.maximum(alike, -1.0), 1.0)
+    tl.store(likeness + first + r, alike * tl.exp(g.to(tl.float32)))
 
 
 @triton.jit
@@ -140,6 +158,7 @@ def invert_kernel(
     rate,
     scaled,
     rest,
+    likeness,
     inverse,
     cu_seqlens,
     chunk_offsets,
@@ -161,8 +180,8 @@ def invert_kernel(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``scaled`` is ``T``, ``inverse`` the transposed inverse, or None. ``rest`` is scratch of their shape, None where
-    fp32 holds all digits."""
+    """``scaled`` is ``T``, ``inverse`` the transposed inverse, or None. ``rest`` and ``likeness [C]`` are scratch, None
+    where fp32 holds all digits."""
     program = tl.program_id(0)
     hv = (program % HV).to(tl.int64)
     b, begin, length = chunk_of(program // HV, T, N, cu_seqlens, chunk_offsets, C)
@@ -179,6 +198,7 @@ def invert_kernel(
     scaled += here * C
     if rest is not None:
         rest += here * C
+        likeness += here
     if inverse is not None:
         inverse += here * C
 
@@ -242,6 +262,11 @@ def invert_kernel(
         kk32 = tl.dot(k3, t2, kk32, input_precision=PRECISION)
         kk33 = tl.dot(k3, tl.trans(k3), kk33, input_precision=PRECISION)
 
+    if rest is not None:
+        _store_likeness(likeness, kk00, None, g0, 0)
+        _store_likeness(likeness, kk11, kk10, g1, 16)
+        _store_likeness(likeness, kk22, kk21, g2, 32)
+        _store_likeness(likeness, kk33, kk32, g3, 48)
     i00 = _invert_16(_diagonal_block(kk00, beta0, c0), PRECISION)
     i11 = _invert_16(_diagonal_block(kk11, beta1, c1), PRECISION)
     i22 = _invert_16(_diagonal_block(kk22, beta2, c2), PRECISION)
@@ -289,7 +314,7 @@ def invert_kernel(
     _store_16(scaled, rest, i32 * beta2[None, :], 3, 2, C)
     _store_16(scaled, rest, i33 * beta3[None, :], 3, 3, C)
     if rest is not None:
-        _round_columns(scaled, rest, 0, 1, C)
+        _round_rows(scaled, rest, likeness, 0, 1, C)
     if inverse is not None:
         _store_16(inverse, rest, tl.trans(i00), 0, 0, C)
         _store_16(inverse, rest, tl.trans(i10), 0, 1, C)
@@ -308,7 +333,7 @@ def invert_kernel(
         _store_16(inverse, rest, zero, 3, 2, C)
         _store_16(inverse, rest, tl.trans(i33), 3, 3, C)
         if rest is not None:
-            _round_columns(inverse, rest, C - 1, -1, C)
+            _round_rows(inverse, rest, likeness, C - 1, -1, C)
 
 
 @triton.jit
@@ -444,15 +469,16 @@ def intra_chunk(
     def buffer(*shape, dtype=q.dtype):
         return torch.empty((table.chunks, HV, CHUNK, *shape), dtype=dtype, device=q.device)
 
+    low = q.element_size() == 2
     gates = (buffer(dtype=torch.float64), *(buffer(dtype=torch.float32) for _ in range(3)))
     more = (buffer(CHUNK), buffer(K)) if backward else (None, None)
     x = IntraChunk(*gates, buffer(CHUNK), buffer(CHUNK), *more)
     launch(invert_kernel)[(table.chunks * HV,)](
         k=k, g=g, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end, rate=x.beta, scaled=x.T,
-        rest=x.P if q.element_size() == 2 else None, inverse=x.inverse, T=T, **table.arguments(),
-        **strides_of("k", k), **strides_of("g", g),
+        rest=x.P if low else None, likeness=buffer(dtype=torch.float32) if low else None, inverse=x.inverse, T=T,
+        **table.arguments(), **strides_of("k", k), **strides_of("g", g),
         **strides_of("beta", beta), H=H, HV=HV, K=K, BK=max(16, min(64, triton.next_power_of_2(K))), C=CHUNK,
-        PRECISION=precision_of(q), num_warps=1 if q.element_size() == 2 else 4, num_stages=2,
+        PRECISION=precision_of(q), num_warps=1 if low else 4, num_stages=2,
     )  # fmt: skip
     score(q, k, x.c_sum, x.P, table, scale, grown=x.grown_q)
     return x
