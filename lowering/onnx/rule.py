@@ -20,10 +20,10 @@ is that of size 2b, where the mask leaves the blocks between; repeated keys stay
 What is as large as q, k or v is made inside the loop, where it stays in the caches and long prompts need no more
 memory; gates and row numbers, a hundredth of that, are made for all chunks before it, in a few nodes instead of a few
 a chunk. Tokens are picked head by head by row number, which is one copy where a slice, padding and a transposition
-would be three. The state keeps its own shape outside the loop, for a Reshape in front of an output is a copy. Chunks of 32
-are the fastest (H=16, HV=32, K=V=128; one thread of ONNX Runtime, nine tenths of a chunk of 64). Products of one row
-read the state without packing it, so decode asks for k and q apart, q of the new state; it scales q two nodes before its
-product, for ONNX Runtime fuses a scale next to a product of one row into a slower kernel. Layouts inside:
+would be three. The state keeps its own shape outside the loop: a Reshape in front of an output is a copy. Chunks of 32
+are the fastest (H=16, HV=32, K=V=128; 64 takes a tenth longer at T=1024). Products of one row read the state without
+packing it, so decode asks for k and q apart; it scales q some nodes before its product, for ONNX Runtime fuses a scale
+that is next to a product of one row into a kernel half as fast. Layouts inside:
 ``[B, H, G, C, width]`` with ``G = HV // H`` value heads to a key head, over which products broadcast. Source of the
 algorithm: arXiv 2412.06464, section 3.3.
 """
