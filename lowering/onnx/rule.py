@@ -53,7 +53,6 @@ _TOKEN = """
   q_each = Gather <axis = 1> (q_first, key_head_of)
   k_each = Gather <axis = 1> (k_first, key_head_of)
   q1 = Unsqueeze (q_each, two)
-  k1 = Unsqueeze (k_each, two)
   k1_T = Unsqueeze (k_each, three)
   v1 = Unsqueeze (v_first, two)
   decay_each = Exp (g_first)
@@ -71,6 +70,7 @@ _TOKEN = """
 _TOKEN_DELTA = """
   beta_first = Gather <axis = 1> (beta, first0)
   beta1 = Unsqueeze (beta_first, last_axes)
+  k1 = Unsqueeze (k_each, two)
   k_S = MatMul (k1, kept)
   missing = Sub (v1, k_S)
   written = Mul (missing, beta1)
@@ -130,7 +130,6 @@ _CHUNKS = """
   C = Constant <value_ints = [{C}]> ()
   last_token = Constant <value_ints = [{last}]> ()
   minus_one = Constant <value_ints = [-1]> ()
-  minus_two = Constant <value_ints = [-2]> ()
 {masks}
   B0 = Squeeze (B)
   H0 = Squeeze (H)
@@ -159,7 +158,6 @@ _CHUNKS = """
 
   value_chunk = Concat <axis = 0> (B, H, G, C, V)
   pairs = Concat <axis = 0> (B, H, G, C, C)
-  gate_rows = Concat <axis = 0> (n, B, H, G, one, C)
   gate_cols = Concat <axis = 0> (n, B, H, G, C, one)
   is_real = Less (position, T0)
   real_f = Cast <to = 1> (is_real)
@@ -211,6 +209,7 @@ _GATES_DELTA = """
   beta_t = Gather <axis = 1> (beta, tokens)
   beta_h = Transpose <perm = [1, 0, 3, 2]> (beta_t)
   beta_c = Mul (beta_h, real)
+  gate_rows = Concat <axis = 0> (n, B, H, G, one, C)
   beta_col_n = Reshape (beta_c, gate_cols)
   beta_row_n = Reshape (beta_c, gate_rows)
   from_start_n = Concat <axis = 4> (start, start_scaled)
