@@ -29,7 +29,7 @@ DEMO_TRAIN ?= --steps 320 --batch-size 8 --seq-len 256 --lr 4e-3
 DEMO_SAMPLE ?= --prompt 'def read_text(self, path' --max-new-tokens 400 --temperature 0.8 --seed 0
 # The draws of ONNX files are not torch's, so their texts are compared at temperature 0.
 DEMO_GREEDY ?= --prompt 'def read_text(self, path' --max-new-tokens 200 --temperature 0
-DEMO_ONNX ?= portable ort
+DEMO_ONNX ?= portable ort onnx27
 
 # Threads that sleep while they wait cost nothing on free cores and much less on busy ones.
 demo: export OMP_WAIT_POLICY := PASSIVE

@@ -75,7 +75,7 @@ def _move_weights(graph: ir.Graph, outer: ir.Graph, weights: dict[tuple, list[ir
     for name, value in list(graph.initializers.items()):
         del graph.initializers[name]
         array = value.const_value.numpy()
-        key = (value.const_value.dtype, array.shape)
+        key = (value.const_value.dtype, array.shape, array.flat[:64].tobytes())  # few are left to be compared whole
         same = [other for other in weights.get(key, ()) if numpy.array_equal(other.const_value.numpy(), array)]
         if same:
             value.replace_all_uses_with(same[0], replace_graph_outputs=True)

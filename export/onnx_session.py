@@ -30,6 +30,10 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
+        # Eager takes turns with it, on the same cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Pays after more calls of a length than a proof makes.
+        options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(self._folder.name) / "run")
         try:

@@ -22,6 +22,9 @@ from torch.utils import _pytree as pytree
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 CHUNK = 64
 LENGTHS = {"T=1": 1, "T=C-1": CHUNK - 1, "T=C": CHUNK, "T=C+1": CHUNK + 1, "ragged": 2 * CHUNK + 9}
+# Rows of a language model's cases, traced with two. Each costs a large model seconds, so one case has several.
+BATCHES = {"T=C+1": 3}
+DECODED = ("T=C+1", "ragged")
 
 
 class ParityError(RuntimeError):
@@ -44,11 +47,16 @@ def error(result: Tensor, eager: Tensor) -> float:
         return math.inf
     if not eager.is_floating_point():
         return 0.0 if torch.equal(result, eager) else math.inf
-    result, eager = result.double(), eager.double()
-    if eager.numel() == 0 or torch.equal(result, eager):
+    if torch.equal(result, eager):
         return 0.0
-    value = ((result - eager).square().mean().sqrt() / eager.square().mean().sqrt().clamp(min=1e-30)).item()
+    wide = torch.promote_types(eager.dtype, torch.float32)
+    difference, size = _norm(result.to(wide) - eager.to(wide)), _norm(eager)
+    value = difference / max(size, 1e-30 * math.sqrt(eager.numel()))
     return value if math.isfinite(value) else math.inf
+
+
+def _norm(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item()
 
 
 def compare(results: Any, eager: Any, names: list[str]) -> dict[str, float]:
@@ -97,33 +105,40 @@ class Report:
 def language_model(
     report: Report, plans: dict[str, Plan], programs: dict[str, Callable], seed: int = 0, steps: int = 3
 ) -> None:
-    """``prefill`` at the lengths of LENGTHS, from an empty and from a used state, and ``steps`` decode steps."""
-    prefill, step = plans["prefill"].module, plans["step"].module
+    """``prefill`` at the lengths of LENGTHS, from an empty state and, one row, from a used one; then ``steps`` steps.
+
+    The steps go on from two of the prefills (DECODED), with the states that the program itself put out there: errors
+    of the whole chain show.
+    """
     names = ["logits", *plans["prefill"].states]
-    model, device = prefill.model, plans["prefill"].args[0].device
+    model, device = plans["prefill"].module.model, plans["prefill"].args[0].device
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.vocab_size
 
     def ids(*shape: int) -> Tensor:
         return torch.randint(vocabulary, shape, generator=generator).to(device)
 
+    def check(name: str, case: str, sizes: dict[str, int], *inputs: Any) -> tuple[Any, Any]:
+        """Both states after one call; ``inputs`` are tokens and the program's state, then, if another, eager's."""
+        logits, own = programs[name](*inputs[:2])
+        reference, expected = plans[name].module(inputs[0], inputs[-1])
+        report.add(name, case, sizes, compare((logits, own), (reference, expected), names))
+        return own, expected
+
+    chains = []
     with inference(model):
-        for index, (case, T) in enumerate(LENGTHS.items()):
-            B = (1, 3)[index % 2]
-            sizes, tokens = {"batch": B, "T": T}, ids(B, T)
-            state = _fresh_state(model, B)
-            _, used = eager = prefill(tokens, state)
-            report.add("prefill", case, sizes, compare(programs["prefill"](tokens, state), eager, names))
-            eager = prefill(tokens, used)
-            report.add("prefill", case + ", continued", sizes, compare(programs["prefill"](tokens, used), eager, names))
-        for T in (1, CHUNK + 1):  # the program's own state is carried, so errors of the whole chain show
-            tokens, state = ids(2, T), _fresh_state(model, 2)
-            (_, state), (_, expected) = programs["prefill"](tokens, state), prefill(tokens, state)
+        for case, T in LENGTHS.items():
+            B = BATCHES.get(case, 1)
+            tokens = ids(B, T)
+            own, used = check("prefill", case, {"batch": B, "T": T}, tokens, _fresh_state(model, B))
+            if case in DECODED:
+                chains.append(({"batch": B, "T": T}, own, used))
+            first = {name: x[:1] for name, x in used.items()}
+            check("prefill", case + ", continued", {"batch": 1, "T": T}, tokens[:1], first)
+        for sizes, own, expected in chains:
             for n in range(steps):
-                token = ids(2)
-                (logits, state), (reference, expected) = programs["step"](token, state), step(token, expected)
-                errors = compare((logits, state), (reference, expected), names)
-                report.add("step", "prefill then decode", {"batch": 2, "T": T, "step": n + 1}, errors)
+                label = {**sizes, "step": n + 1}
+                own, expected = check("step", "prefill then decode", label, ids(sizes["batch"]), own, expected)
 
 
 def _fresh_state(model: nn.Module, batch: int) -> dict[str, Tensor]:

@@ -28,7 +28,6 @@ _CONV = """
   tap0, tap1, tap2, tap3 = Split <axis = 0, num_outputs = 4> (taps)
   T1 = Add (T, one)
   T2 = Add (T, two)
-  T3 = Add (T, three)
   x0 = Slice (window, zero, T, one)
   x1 = Slice (window, one, T1, one)
   x2 = Slice (window, two, T2, one)

@@ -17,10 +17,13 @@ Gates below ``WEAKEST`` (-inf among them) are an exact zero in fp32 and are rais
 number. The inverse grows by doubling: with ``X`` the inverse of the diagonal blocks of size b, ``X - X (A * mask) X``
 is that of size 2b, where the mask leaves the blocks between; repeated keys stay accurate, as they do in substitution.
 
-Everything of a chunk is computed inside the loop, where it stays in the caches and long prompts need no more memory;
-tokens are picked head by head by row number, which is one copy where a slice, padding and a transposition would be
-three. On one core (H=16, HV=32, K=V=128) chunks of 32 are the fastest: 64 takes a fifth longer, 16 a tenth. Products
-of one row read the state without packing it, so decode asks for k and q apart. Layouts inside:
+What is as large as q, k or v is made inside the loop, where it stays in the caches and long prompts need no more
+memory; gates and row numbers, a hundredth of that, are made for all chunks before it, in a few nodes instead of a few
+a chunk. Tokens are picked head by head by row number, which is one copy where a slice, padding and a transposition
+would be three. The state keeps its own shape outside the loop: a Reshape in front of an output is a copy. Chunks of 32
+are the fastest (H=16, HV=32, K=V=128; 64 takes a tenth longer at T=1024). Products of one row read the state without
+packing it, so decode asks for k and q apart; it scales q some nodes before its product, for ONNX Runtime fuses a scale
+that is next to a product of one row into a kernel half as fast. Layouts inside:
 ``[B, H, G, C, width]`` with ``G = HV // H`` value heads to a key head, over which products broadcast. Source of the
 algorithm: arXiv 2412.06464, section 3.3.
 """
@@ -41,98 +44,62 @@ NEVER = -1.0e6
 
 
 _TOKEN = """
-  one_a_key_head = Concat <axis = 0> (B, H, one, one, K)
-  one_a_value_head = Concat <axis = 0> (B, H, G, one, K)
-  key_row = Concat <axis = 0> (B, HV, one, K)
-  key_col = Concat <axis = 0> (B, HV, K, one)
-  value_row = Concat <axis = 0> (B, HV, one, V)
-  gate_one = Concat <axis = 0> (B, HV, one, one)
-  k_first = Slice (k, zero, one, one)
-  q_first = Slice (q, zero, one, one)
-  v_first = Slice (v, zero, one, one)
-  g_first = Slice (g, zero, one, one)
-  k_shared = Reshape (k_first, one_a_key_head)
-  q_shared = Reshape (q_first, one_a_key_head)
-  k_each = Expand (k_shared, one_a_value_head)
-  q_each = Expand (q_shared, one_a_value_head)
-  k1 = Reshape (k_each, key_row)
-  k1_T = Reshape (k_each, key_col)
-  q_plain = Reshape (q_each, key_row)
-  q1 = Mul (q_plain, scale)
-  v1 = Reshape (v_first, value_row)
-  g1 = Reshape (g_first, gate_one)
-  decay = Exp (g1)
-  q_S = MatMul (q1, initial_state)
-  q_decayed = Mul (q_S, decay)
-{written}
+  q_scaled = Mul (q, scale)
+  q_first = Gather <axis = 1> (q_scaled, first0)
+  k_first = Gather <axis = 1> (k, first0)
+  v_first = Gather <axis = 1> (v, first0)
+  g_first = Gather <axis = 1> (g, first0)
+  key_head_of = Div (value_heads, G)
+  q_each = Gather <axis = 1> (q_first, key_head_of)
+  k_each = Gather <axis = 1> (k_first, key_head_of)
+  q1 = Unsqueeze (q_each, two)
+  k1_T = Unsqueeze (k_each, three)
+  v1 = Unsqueeze (v_first, two)
+  decay_each = Exp (g_first)
+  decay = Unsqueeze (decay_each, last_axes)
   kept = Mul (initial_state, decay)
+{written}
   added = Mul (k1_T, written)
   S_token = Add (kept, added)
-  qk = MatMul (q1, k1_T)
-  own = Mul (qk, written)
-  o1 = Add (q_decayed, own)
-  token_shape = Concat <axis = 0> (B, one, HV, V)
-  o_first = Reshape (o1, token_shape)
+  o1 = MatMul (q1, S_token)
+  o_first = Transpose <perm = [0, 2, 1, 3]> (o1)
+  o_shape = Shape (v)
   o_token = Expand (o_first, o_shape)
 """
 
 _TOKEN_DELTA = """
-  beta_first = Slice (beta, zero, one, one)
-  beta1 = Reshape (beta_first, gate_one)
-  k_S = MatMul (k1, initial_state)
-  k_decayed = Mul (k_S, decay)
-  missing = Sub (v1, k_decayed)
+  beta_first = Gather <axis = 1> (beta, first0)
+  beta1 = Unsqueeze (beta_first, last_axes)
+  k1 = Unsqueeze (k_each, two)
+  k_S = MatMul (k1, kept)
+  missing = Sub (v1, k_S)
   written = Mul (missing, beta1)
 """
 
 _CHUNK = """
-  position = Add (index, start)
-  tokens = Min (position, last)
-  is_real = Less (position, T0)
-  real = Cast <to = 1> (is_real)
-  token_row = Add (tokens, batch_row)
-  key_row = Mul (token_row, H)
-  value_row = Mul (token_row, HV)
-  key_rows = Add (key_row, key_head)
-  value_rows = Add (value_row, value_head)
-  q_plain = Gather <axis = 0> (q_rows, key_rows)
+  q_h = Gather <axis = 0> (q_rows, key_rows)
   k_h = Gather <axis = 0> (k_rows, key_rows)
   v_h = Gather <axis = 0> (v_rows, value_rows)
-  g_t = Gather <axis = 1> (g, tokens)
-  g_h = Transpose <perm = [0, 2, 1]> (g_t)
-  q_h = Mul (q_plain, scale)
   kc = Unsqueeze (k_h, two)
   vc = Reshape (v_h, value_chunk)
-  gc = Mul (g_h, real)
-
-  exponent = MatMul (gc, between)
-  masked = Add (exponent, never)
-  D_flat = Exp (masked)
+  exponent = MatMul (g_one, between)
+  D_flat = Exp (exponent)
   D = Reshape (D_flat, pairs)
-  c = MatMul (gc, until)
-  c_exp = Exp (c)
-  from_start = Reshape (c_exp, gate_col)
-  whole = Slice (from_start, last_token, C, three)
-  D_last = Slice (D, last_token, C, three)
-  to_end = Reshape (D_last, gate_col)
-
   k_T = Transpose <perm = [0, 1, 2, 4, 3]> (kc)
+  S = Reshape (S_before, grouped)
 {written}
   k_end = Mul (kc, to_end)
   k_end_T = Transpose <perm = [0, 1, 2, 4, 3]> (k_end)
   kept = Mul (S_before, whole)
-  added = MatMul (k_end_T, written)
+  added_grouped = MatMul (k_end_T, written)
+  added = Reshape (added_grouped, state_shape)
   S_after = Add (kept, added)
-  own = MatMul (P, written)
+  own_plain = MatMul (P, written)
+  own = Mul (own_plain, scale)
   o_c = Add (q_S, own)
 """
 
 _CHUNK_DELTA = """
-  beta_t = Gather <axis = 1> (beta, tokens)
-  beta_h = Transpose <perm = [0, 2, 1]> (beta_t)
-  beta_c = Mul (beta_h, real)
-  beta_col = Reshape (beta_c, gate_col)
-  beta_row = Reshape (beta_c, gate_row)
   kq_h = Concat <axis = 2> (k_h, q_h)
   kq = Unsqueeze (kq_h, two)
   kq_k = MatMul (kq, k_T)
@@ -142,66 +109,86 @@ _CHUNK_DELTA = """
   P = Mul (qk, D)
 {inverse}
   M = Mul (X, beta_row)
-
-  from_start2 = Concat <axis = 3> (from_start, from_start)
-  kq_start = Mul (kq, from_start2)
-  kq_S = MatMul (kq_start, S_before)
+  kq_start = Mul (kq, from_start)
+  kq_S = MatMul (kq_start, S)
   k_S, q_S = Split <axis = 3, num_outputs = 2> (kq_S)
   missing = Sub (vc, k_S)
   written = MatMul (M, missing)
 """
 
 _CHUNK_LINEAR = """
-  real_value = Unsqueeze (real, down)
-  shown = Mul (v_h, real_value)
-  written = Reshape (shown, value_chunk)
   qc = Unsqueeze (q_h, two)
   qk = MatMul (qc, k_T)
   P = Mul (qk, D)
   q_start = Mul (qc, from_start)
-  q_S = MatMul (q_start, S_before)
+  q_S = MatMul (q_start, S)
+  written = Identity (vc)
 """
 
+# Of all chunks: the gates of each, and which row of q, k and v each of its tokens is, head by head.
 _CHUNKS = """
   C = Constant <value_ints = [{C}]> ()
   last_token = Constant <value_ints = [{last}]> ()
-  two = Constant <value_ints = [2]> ()
-  three = Constant <value_ints = [3]> ()
   minus_one = Constant <value_ints = [-1]> ()
-  value_chunk = Concat <axis = 0> (B, H, G, C, V)
-  gate_row = Concat <axis = 0> (B, H, G, one, C)
-  gate_col = Concat <axis = 0> (B, H, G, C, one)
-  pairs = Concat <axis = 0> (B, H, G, C, C)
-  {masks}
-
+{masks}
+  B0 = Squeeze (B)
+  H0 = Squeeze (H)
+  T0 = Squeeze (T)
   rounded = Add (T, last_token)
   n = Div (rounded, C)
   T_padded = Mul (n, C)
   end = Squeeze (T_padded)
-  starts = Range (first0, end, C0)
-  T0 = Squeeze (T)
+  position_flat = Range (first0, end, one0)
+  in_chunks = Concat <axis = 0> (n, C)
+  position = Reshape (position_flat, in_chunks)
   last = Sub (T0, one0)
+  tokens = Min (position, last)
+  tokens_u = Unsqueeze (tokens, deep)
+  b = Range (first0, B0, one0)
+  batch_first = Mul (b, T)
+  batch_row = Unsqueeze (batch_first, deep)
+  token_row = Add (tokens_u, batch_row)
+  key_row = Mul (token_row, H)
+  value_row = Mul (token_row, HV)
+  key_heads = Range (first0, H0, one0)
+  key_head = Unsqueeze (key_heads, down)
+  value_head = Unsqueeze (value_heads, down)
+  key_rows_n = Add (key_row, key_head)
+  value_rows_n = Add (value_row, value_head)
+
+  value_chunk = Concat <axis = 0> (B, H, G, C, V)
+  pairs = Concat <axis = 0> (B, H, G, C, C)
+  gate_cols = Concat <axis = 0> (n, B, H, G, C, one)
+  is_real = Less (position, T0)
+  real_f = Cast <to = 1> (is_real)
+  real = Unsqueeze (real_f, deep)
+  g_t = Gather <axis = 1> (g, tokens)
+  g_h = Transpose <perm = [1, 0, 3, 2]> (g_t)
+  gc = Mul (g_h, real)
+  one_more = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0, 1]> ()
+  g_one_n = Pad (gc, one_more, one_f)
+  c = MatMul (gc, until)
+  c_exp = Exp (c)
+  start = Reshape (c_exp, gate_cols)
+  start_scaled = Mul (start, scale)
+  c_last = Slice (c_exp, last_token, C, minus_one)
+  whole_n = Unsqueeze (c_last, minus_one)
+  rest = MatMul (gc, after)
+  rest_exp = Exp (rest)
+{gates}
   q_rows_shape = Concat <axis = 0> (minus_one, K)
   v_rows_shape = Concat <axis = 0> (minus_one, V)
   q_rows = Reshape (q, q_rows_shape)
   k_rows = Reshape (k, q_rows_shape)
   v_rows = Reshape (v, v_rows_shape)
-  B0 = Squeeze (B)
-  H0 = Squeeze (H)
-  HV0 = Squeeze (HV)
-  b = Range (first0, B0, one0)
-  key_heads = Range (first0, H0, one0)
-  value_heads = Range (first0, HV0, one0)
-  batch_first = Mul (b, T)
-  batch_row = Unsqueeze (batch_first, deep)
-  key_head = Unsqueeze (key_heads, down)
-  value_head = Unsqueeze (value_heads, down)
   grouped = Concat <axis = 0> (B, H, G, K, V)
-  S = Reshape (initial_state, grouped)
   state_shape = Concat <axis = 0> (B, HV, K, V)
-  S_last, o_stacked = Scan (S, starts) <num_scan_inputs = 1, body = chunk
-    (float[B, H, G, K, V] S_before, int64 start) => (float[B, H, G, K, V] S_after, float[B, H, G, C, V] o_c)
-    {{{chunk}}}>
+  S_chunks, o_stacked = Scan (
+    initial_state, key_rows_n, value_rows_n, g_one_n, from_start_n, to_end_n, whole_n{more})
+    <num_scan_inputs = {scanned}, body = chunk (
+      float[B, HV, K, V] S_before, int64[B, H, C] key_rows, int64[B, HV, C] value_rows, float[B, HV, C1] g_one,
+      float[B, H, G, C2, one] from_start, float[B, H, G, C, one] to_end, float[B, HV, one, one] whole{typed}
+    ) => (float[B, HV, K, V] S_after, float[B, H, G, C, V] o_c) {{{chunk}}}>
   t = Range (first0, T0, one0)
   t_chunk = Div (t, C)
   t_rest = Mod (t, C)
@@ -216,12 +203,26 @@ _CHUNKS = """
   o_row = Add (first_row, t_rest_u)
   o_rows = Reshape (o_stacked, v_rows_shape)
   o_chunks = Gather <axis = 0> (o_rows, o_row)
-  S_chunks = Reshape (S_last, state_shape)
+"""
+
+_GATES_DELTA = """
+  beta_t = Gather <axis = 1> (beta, tokens)
+  beta_h = Transpose <perm = [1, 0, 3, 2]> (beta_t)
+  beta_c = Mul (beta_h, real)
+  gate_rows = Concat <axis = 0> (n, B, H, G, one, C)
+  beta_col_n = Reshape (beta_c, gate_cols)
+  beta_row_n = Reshape (beta_c, gate_rows)
+  from_start_n = Concat <axis = 4> (start, start_scaled)
+  to_end_n = Reshape (rest_exp, gate_cols)
+"""
+
+_GATES_LINEAR = """
+  from_start_n = Identity (start_scaled)
+  rest_real = Mul (rest_exp, real)
+  to_end_n = Reshape (rest_real, gate_cols)
 """
 
 _MASKS = """
-  first0 = Constant <value_int = 0> ()
-  one0 = Constant <value_int = 1> ()
   C0 = Constant <value_int = {C}> ()
   index = Range (first0, C0, one0)
   across = Constant <value_ints = [0]> ()
@@ -235,19 +236,22 @@ _MASKS = """
   between_b = And (from_j, to_i)
   between_f = Cast <to = 1> (between_b)
   between_shape = Constant <value_ints = [{C}, {CC}]> ()
-  between = Reshape (between_f, between_shape)
+  between_gates = Reshape (between_f, between_shape)
   until_b = LessOrEqual (i, j)
   until = Cast <to = 1> (until_b)
+  after_b = Greater (i, j)
+  after = Cast <to = 1> (after_b)
   lower = GreaterOrEqual (i, j)
   nothing = Constant <value_float = 0.0> ()
   strongest = Constant <value_float = {NEVER}> ()
   never_square = Where (lower, nothing, strongest)
-  never_shape = Constant <value_ints = [{CC}]> ()
+  never_shape = Constant <value_ints = [1, {CC}]> ()
   never = Reshape (never_square, never_shape)
+  between = Concat <axis = 0> (between_gates, never)
+  one_f = Constant <value_float = 1.0> ()
 """
 
 _BLOCKS = """
-  last_axes = Constant <value_ints = [-2, -1]> ()
   minus_three = Constant <value_ints = [-3]> ()
   block0 = Constant <value_int = {block}> ()
   index_block = Range (first0, block0, one0)
@@ -328,8 +332,12 @@ def _inverse(chunk: int, block: int) -> tuple[str, str]:
 
 
 _RULE = """
-  zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()
+  two = Constant <value_ints = [2]> ()
+  three = Constant <value_ints = [3]> ()
+  last_axes = Constant <value_ints = [-2, -1]> ()
+  first0 = Constant <value_int = 0> ()
+  one0 = Constant <value_int = 1> ()
   B = Shape <start = 0, end = 1> (q)
   T = Shape <start = 1, end = 2> (q)
   H = Shape <start = 2, end = 3> (q)
@@ -337,10 +345,11 @@ _RULE = """
   HV = Shape <start = 2, end = 3> (v)
   V = Shape <start = 3, end = 4> (v)
   G = Div (HV, H)
+  HV0 = Squeeze (HV)
+  value_heads = Range (first0, HV0, one0)
   scale = Constant <value_float: float = @scale> ()
   weakest = Constant <value_float = {WEAKEST}> ()
   g = Max (g_in, weakest)
-  o_shape = Concat <axis = 0> (B, T, HV, V)
   is_token = Equal (T, one)
   is_token0 = Squeeze (is_token)
   o, final_state = If (is_token0) <
@@ -361,18 +370,29 @@ def rule(chunk: int = CHUNK, block: int = BLOCK) -> FunctionProto:
     block = min(block, chunk)
     inverse, constants = _inverse(chunk, block)
     signature = "GatedDeltaRule <scale> (q, k, v, g_in, beta, initial_state) => (o, final_state)"
-    body = _body(chunk, _TOKEN_DELTA, _CHUNK_DELTA.format(inverse=inverse), _BLOCKS.format(block=block) + constants)
+    constants = _BLOCKS.format(block=block) + constants
+    scanned = {"beta_col": "float[B, H, G, C, one]", "beta_row": "float[B, H, G, one, C]"}
+    body = _body(chunk, _TOKEN_DELTA, _CHUNK_DELTA.format(inverse=inverse), constants + _GATES_DELTA, scanned)
     return function(signature, body)
 
 
 def linear_rule(chunk: int = CHUNK) -> FunctionProto:
     """``gdn_ops::GatedLinearAttention <scale> (q, k, v, g, initial_state) => (o, final_state)``, all fp32."""
     signature = "GatedLinearAttention <scale> (q, k, v, g_in, initial_state) => (o, final_state)"
-    return function(signature, _body(chunk, "  written = Identity (v1)\n", _CHUNK_LINEAR))
+    return function(signature, _body(chunk, "  written = Identity (v1)\n", _CHUNK_LINEAR, _GATES_LINEAR, {}))
 
 
-def _body(chunk: int, token_written: str, chunk_written: str, constants: str = "") -> str:
-    """The text of a rule: how a token and a chunk make what they write (and what they read) is all that differs."""
-    masks = _MASKS.format(C=chunk, CC=chunk * chunk, NEVER=NEVER) + constants
-    chunks = _CHUNKS.format(C=chunk, last=chunk - 1, masks=masks, chunk=_CHUNK.format(written=chunk_written))
+def _body(chunk: int, token_written: str, chunk_written: str, gates: str, scanned: dict[str, str]) -> str:
+    """The text of a rule, given how a token and a chunk make what they write (and what they read), and what a chunk
+    ``scanned`` for it beside the gates."""
+    chunks = _CHUNKS.format(
+        C=chunk,
+        last=chunk - 1,
+        masks=_MASKS.format(C=chunk, CC=chunk * chunk, NEVER=NEVER),
+        gates=gates,
+        more="".join(f", {name}_n" for name in scanned),
+        typed="".join(f", {kind} {name}" for name, kind in scanned.items()),
+        scanned=6 + len(scanned),
+        chunk=_CHUNK.format(written=chunk_written),
+    )
     return _RULE.format(WEAKEST=WEAKEST, token=_TOKEN.format(written=token_written), chunks=chunks)

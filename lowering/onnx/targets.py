@@ -91,7 +91,7 @@ class _Build:
     def replace(self, *values: ir.Value) -> None:
         """Puts the collected nodes in the node's place; its outputs' shapes and dtypes are the new ones'."""
         for new, old in zip(values, self.node.outputs):
-            new.dtype, new.shape = old.dtype, old.shape
+            new.dtype, new.shape = old.dtype or new.dtype, old.shape  # what nobody uses may have come without a dtype
         self.ir.convenience.replace_nodes_and_values(
             self.node.graph, self.node, [self.node], self.tape.nodes, list(self.node.outputs), list(values)
         )

@@ -161,7 +161,8 @@ def test_the_parity_report_has_every_case(target):
     cases = [(case["program"], case["case"]) for case in report["cases"]]
     assert cases[:10] == [("prefill", case + more) for case in CASES for more in ("", ", continued")]
     assert cases[10:] == [("step", "prefill then decode")] * 6
-    assert {case["sizes"]["batch"] for case in report["cases"]} == {1, 2, 3}
+    for program in ("prefill", "step"):
+        assert {case["sizes"]["batch"] for case in report["cases"] if case["program"] == program} == {1, 3}
     assert 0 < report["max_error"] < 1e-5
     evaluated = report["reference_evaluator"]
     assert [case["sizes"]["T"] for case in evaluated["cases"]] == [1, 5, 33]

@@ -100,7 +100,8 @@ def test_the_layer_report_shows_the_loop_and_the_branch(name, dtype, engines):
     layers, types = report["layers"], report["types"]
     assert sum(types.values()) == len(layers) > 1000 and all(layer["name"] for layer in layers)
     rules = model.config.layer_mixers.count("gdn")
-    assert types["TRIP_LIMIT"] == types["RECURRENCE"] == types["ITERATOR"] == 2 * rules
+    assert types["TRIP_LIMIT"] == types["RECURRENCE"] == 2 * rules
+    assert types["ITERATOR"] == 8 * 2 * rules  # row numbers of keys and values, gates in four forms, beta in two
     # One branch for the whole model (T = 1), and in each of its two parts one for each rule and each convolution.
     assert types["CONDITION"] == 1 + 2 * 2 * rules
     carried = [out for layer in layers if layer["type"] == "RECURRENCE" for out in layer["outputs"]]

@@ -189,6 +189,23 @@ def test_as_many_nodes_at_every_length():
     assert {x.domain: x.version for x in function.opset_import} == {"": 18}
 
 
+@pytest.mark.parametrize("function", [rule(), linear_rule(), conv()], ids=lambda x: x.name)
+def test_nothing_is_made_in_vain(function):
+    """ONNX Runtime warns of each value that no node takes, once a layer."""
+    made, taken = set(), set(function.output)
+
+    def collect(nodes):
+        for node in nodes:
+            made.update(node.output)
+            taken.update(node.input)
+            for graph in (a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH):
+                taken.update(x.name for x in graph.output)
+                collect(graph.node)
+
+    collect(function.node)
+    assert made <= taken, made - taken
+
+
 @pytest.mark.parametrize("sizes", [dict(chunk=48), dict(chunk=1), dict(block=3)], ids=str)
 def test_sizes_that_are_no_powers_of_two_are_refused(sizes):
     ((name, size),) = sizes.items()
