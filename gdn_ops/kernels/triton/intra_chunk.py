@@ -81,16 +81,17 @@ def _store_16(x, rest, block, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr)
 
 
 @triton.jit
-def _exact_row(x, rest, i, C: tl.constexpr):
+def _exact_row(x, rest, likeness, i, AFTER: tl.constexpr, C: tl.constexpr):
+    """A row, and how much of what the row before it loses is added to it. Backwards, from the row after it: what these
+    two have in common stands there."""
     at = i * C + tl.arange(0, C)
-    return tl.load(x + at).to(tl.float32) + tl.load(rest + at).to(tl.float32)
+    row = tl.load(x + at).to(tl.float32) + tl.load(rest + at).to(tl.float32)
+    return row, tl.load(likeness + i + AFTER, mask=i + AFTER < C, other=0.0)
 
 
 @triton.jit
-def _round_row(x, row, left, likeness, i, AFTER: tl.constexpr, C: tl.constexpr):
-    # Backwards, a row gets from the one after it: what these two have in common stands there.
-    alike = tl.load(likeness + i + AFTER, mask=i + AFTER < C, other=0.0)
-    row += left * alike
+def _round_row(x, row, add, i, C: tl.constexpr):
+    row += add
     rounded = row.to(x.dtype.element_ty)
     tl.store(x + i * C + tl.arange(0, C), rounded)
     return row - rounded.to(tl.float32)
@@ -105,22 +106,22 @@ def _round_rows(x, rest, likeness, first: tl.constexpr, step: tl.constexpr, C: t
     for n in range(0, C, 8):
         i = first + n * step
         # All loaded before any is stored, or each load would wait for the store before it.
-        r0 = _exact_row(x, rest, i, C)
-        r1 = _exact_row(x, rest, i + step, C)
-        r2 = _exact_row(x, rest, i + 2 * step, C)
-        r3 = _exact_row(x, rest, i + 3 * step, C)
-        r4 = _exact_row(x, rest, i + 4 * step, C)
-        r5 = _exact_row(x, rest, i + 5 * step, C)
-        r6 = _exact_row(x, rest, i + 6 * step, C)
-        r7 = _exact_row(x, rest, i + 7 * step, C)
-        left = _round_row(x, r0, left, likeness, i, AFTER, C)
-        left = _round_row(x, r1, left, likeness, i + step, AFTER, C)
-        left = _round_row(x, r2, left, likeness, i + 2 * step, AFTER, C)
-        left = _round_row(x, r3, left, likeness, i + 3 * step, AFTER, C)
-        left = _round_row(x, r4, left, likeness, i + 4 * step, AFTER, C)
-        left = _round_row(x, r5, left, likeness, i + 5 * step, AFTER, C)
-        left = _round_row(x, r6, left, likeness, i + 6 * step, AFTER, C)
-        left = _round_row(x, r7, left, likeness, i + 7 * step, AFTER, C)
+        r0, a0 = _exact_row(x, rest, likeness, i + 0 * step, AFTER, C)
+        r1, a1 = _exact_row(x, rest, likeness, i + 1 * step, AFTER, C)
+        r2, a2 = _exact_row(x, rest, likeness, i + 2 * step, AFTER, C)
+        r3, a3 = _exact_row(x, rest, likeness, i + 3 * step, AFTER, C)
+        r4, a4 = _exact_row(x, rest, likeness, i + 4 * step, AFTER, C)
+        r5, a5 = _exact_row(x, rest, likeness, i + 5 * step, AFTER, C)
+        r6, a6 = _exact_row(x, rest, likeness, i + 6 * step, AFTER, C)
+        r7, a7 = _exact_row(x, rest, likeness, i + 7 * step, AFTER, C)
+        left = _round_row(x, r0, a0 * left, i + 0 * step, C)
+        left = _round_row(x, r1, a1 * left, i + 1 * step, C)
+        left = _round_row(x, r2, a2 * left, i + 2 * step, C)
+        left = _round_row(x, r3, a3 * left, i + 3 * step, C)
+        left = _round_row(x, r4, a4 * left, i + 4 * step, C)
+        left = _round_row(x, r5, a5 * left, i + 5 * step, C)
+        left = _round_row(x, r6, a6 * left, i + 6 * step, C)
+        left = _round_row(x, r7, a7 * left, i + 7 * step, C)
     tl.debug_barrier()  # of ``rest``, the next may be stored
 
 
