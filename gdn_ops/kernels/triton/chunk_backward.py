@@ -15,7 +15,8 @@
 
    The gradient of the inverse, ``-inverse^T (dT) inverse^T``, needs no other product: what comes through the values and
    what comes through the keys adds to ``X V'^T``.
-4. **key_gradient_kernel**, one program a (chunk, key head, tile of key columns), adds over the value heads of its key::
+4. **key_gradient_kernel**, one program a (chunk, key head, tile of key columns), adds over the value heads of its key,
+   first for dQ, then for dK::
 
        R  = exp(c) * (X S^T) + dA K                                    (minus what the rows of the inverse pass on)
        dQ = scale * exp(c) * (dO S^T) + dP K
@@ -535,10 +536,10 @@ def value_gradient_configuration(x: Tensor, V: int) -> dict[str, int]:
 
 
 def key_gradient_configuration(x: Tensor, K: int, V: int) -> dict[str, int]:
-    """Five accumulators ``[C, BK]``: 64 columns leave registers for two blocks a multiprocessor.
+    """Three accumulators ``[C, BK]``: 64 columns leave registers for two blocks a multiprocessor.
 
-    Measured on an H100 (16/32 heads, 8192 tokens, bf16), by BK, BV, warps, stages: .447 ms with 64, 64, 4, 2; .480 with
-    32, 64, 4, 3; .519 with 64, 32, 4, 3; .561 with 64, 64, 4, 3; .577 with 64, 128, 4, 2; .610 with 128, 64, 8, 2.
+    Measured on an H100 (16/32 heads, 8192 tokens, bf16), by BK, BV, warps, stages: .354 ms with 64, 64, 4, 3; .386 with
+    two stages; .389 with 64, 32, 4, 4; .403 with 64, 128, 4, 1; .519 with 128, 64, 8, 2; .534 with 32, 64, 4, 3.
     Products of fp32 operands keep them in registers besides: 32 columns by eight warps spill .5 KB a thread, 64 by four
     31 KB; and where there is no warpgroup product (sm_80), 64 columns of values spill 21 KB.
     """
