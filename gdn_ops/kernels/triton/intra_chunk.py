@@ -5,12 +5,12 @@ With ``c = cumsum(g)`` inside a chunk of ``C = 64`` tokens and ``D_ij = exp(c_i 
     A = strict_lower(diag(beta) (K K^T) * D)        inverse = (I + A)^-1        P = scale * (Q K^T) * D
 
 **invert_kernel**, one warp a (chunk, value head). The chunk is four blocks of 16 tokens: the ten lower blocks of ``A``
-are computed one by one, so that none has to be cut out of a larger tile. The four on the diagonal are inverted in halves
-by forward substitution in fp32, the others by block substitution (``I_20 = -I_22 (A_20 I_00 + A_21 I_10)`` and so on),
-with products of fp32 accuracy: repeated keys make ``A`` anything but small. Written are ``T = inverse diag(beta)`` and,
-for the backward, the transposed inverse, both rounded so that with keys that repeat the errors do not add up
-(``_round_rows``); ``c`` (fp64: a strong gate must not cost the digits of the weak ones after it), ``from_start = exp(c)``,
-``to_end = exp(c_C - c)`` and ``beta``.
+are computed one by one, so that none has to be cut out of a larger tile. The four on the diagonal are inverted in
+halves by forward substitution in fp32, the others by block substitution (``I_20 = -I_22 (A_20 I_00 + A_21 I_10)`` and
+so on), with products of fp32 accuracy: repeated keys make ``A`` anything but small. Written are ``T = inverse
+diag(beta)`` and, for the backward, the transposed inverse, both rounded so that with keys that repeat the errors do not
+add up (``_round_rows``); ``c`` (fp64: a strong gate must not cost the digits of the weak ones after it),
+``from_start = exp(c)``, ``to_end = exp(c_C - c)`` and ``beta``.
 
 **score_kernel**, one program a (chunk, key head, part of its value heads): the product of queries and keys once, ``P``
 for every value head of the part; for the delta rule's backward ``scale * exp(c) * Q`` too. Without the delta it is all
