@@ -436,7 +436,7 @@ def key_gradient_kernel(
         toward_q = tl.dot(dp_cc, k_ck, toward_q * (grown_c * scale)[:, None], input_precision=PRECISION)
         as_query = tl.sum(toward_q * q_ck.to(tl.float32), axis=1)
         dq_ck += toward_q
-        # Until the other half of this kernel adds to it, dg holds the queries' part of the gradient of c.
+        # The queries' part of the gradient of c, for the other half of this kernel.
         tl.store(dc + tile * stride_part + (b * T + begin) * HV + hv + rows * HV, as_query, mask=real)
     out = ((b * T + begin) * H + h) * K + rows[:, None] * (H * K) + in_k[None, :]
     tl.store(dq + out, dq_ck.to(dq.dtype.element_ty), mask=mask_ck)
