@@ -342,7 +342,8 @@ def score_gradient_configuration(x: Tensor, V: int) -> dict[str, int]:
 
 def linear_gradient_configuration(x: Tensor, K: int, V: int, group: int) -> dict[str, int]:
     """Four accumulators ``[C, BK]`` and one ``[BV, BV]``: the tiles that ``chunk_backward.key_gradient_kernel``
-    had when it took one pass; not measured yet. What spills on Hopper (.3 KB a thread) are q and k in fp32, which the row sums need.
+    had when it took one pass; not measured yet. What spills on Hopper (.3 KB a thread) are q and k in fp32, which the
+    row sums need.
 
     Sixteen value heads of a ``group`` at most: parts of dq and dk weigh an eighth of their states then, and 2048 tokens
     of 64 heads still fill a chip. The order of a sum depends on nothing but the number of heads.
