@@ -1,6 +1,8 @@
-"""Who is timed on gated linear attention, Mamba2's rule: gdn_ops, and FLA's simple GLA where it is installed.
+"""Who is timed on gated linear attention, Mamba2's rule: gdn_ops, and where they are installed FLA's simple GLA and
+mamba-ssm's Triton kernels.
 
-FLA's takes no grouped values: it gets q and k repeated to the value heads, which is not timed.
+FLA's takes no grouped values: it gets q and k repeated to the value heads, which is not timed. mamba-ssm's decays by
+``exp(dt A)`` and writes ``dt x``: it gets ``A = -1``, ``dt = -g`` and ``x = v / dt``, which is not timed either.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import torch
 
 import gdn_ops
 from perf.clocks import Call
-from perf.providers import OURS, Provider, by_autograd, no_grad, peak_of
+from perf.providers import OURS, Provider, Unavailable, by_autograd, no_grad, peak_of
 from perf.shapes import CHUNK, Cost, Inputs, Shape
 
 # Mamba2 at 130M, 1.3B and 2.7B: one group of keys, heads of 64 values; and the paper's H2.
@@ -79,6 +81,22 @@ def _fla(x: Inputs, direction: str) -> Call:
     return run
 
 
+def _mamba_ssm(x: Inputs, direction: str) -> Call:
+    scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    if direction == "decode":
+        raise Unavailable("mamba-ssm is timed on chunks only")
+    dt, A = -x.g, -torch.ones(x.v.shape[2], device=x.v.device)
+    written = (x.v / dt[..., None]).to(x.v.dtype)
+
+    def rule(q, k, written, dt, scale):
+        return (scan(written, dt, A, k, q * scale, chunk_size=256),)  # the chunk of its own Mamba2
+
+    tensors = (x.q, x.k, written, dt)
+    if direction == "forward":
+        return no_grad(lambda: rule(*tensors, x.scale))
+    return by_autograd(rule, x, direction, tensors)
+
+
 def peak_memory(x: Inputs) -> float | None:
     """As :func:`perf.providers.peak_memory`."""
     return peak_of(gdn_ops.chunk_gated_linear_attention, (x.q, x.k, x.v, x.g), x)
@@ -89,5 +107,6 @@ LINEAR_PROVIDERS = {
     for p in (
         Provider(OURS, _gdn_ops),
         Provider("FLA simple GLA", _fla, ("fla.ops.simple_gla", "flash-linear-attention")),
+        Provider("mamba-ssm", _mamba_ssm, ("mamba_ssm.ops.triton.ssd_combined", "mamba-ssm")),
     )
 }

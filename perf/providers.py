@@ -182,7 +182,7 @@ def _flash_qla(x: Inputs, direction: str) -> Call:
 
 
 OURS = "gdn_ops"
-PEER_MODULES = ("fla", "flash_qla")
+PEER_MODULES = ("fla", "flash_qla", "mamba_ssm")
 PROVIDERS = {
     p.name: p
     for p in (

@@ -10,7 +10,8 @@ halves by forward substitution in fp32, the others by block substitution (``I_20
 so on), with products of fp32 accuracy: repeated keys make ``A`` anything but small. Written are ``T = inverse
 diag(beta)`` and, for the backward, the transposed inverse, both rounded so that with keys that repeat the errors do not
 add up (``_round_rows``); ``c`` (fp64: a strong gate must not cost the digits of the weak ones after it),
-``from_start = exp(c)``, ``to_end = exp(c_C - c)`` and ``beta``.
+``from_start = exp(c)``, ``to_end = exp(c_C - c)`` and ``beta``. For a forward of 16 bits ``T`` is larger, ``P`` and
+``to_end`` smaller by ``STRETCH``.
 
 **score_kernel**, one program a (chunk, key head, part of its value heads): the product of queries and keys once, ``P``
 for every value head of the part; for the delta rule's backward ``scale * exp(c) * Q`` too. Without the delta it is all
@@ -36,6 +37,10 @@ from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of
 from gdn_ops.kernels.triton.launch import launch
 
+# One key again and again with beta near 1 makes a T of ones and minus ones. Then V' is differences of 16-bit values,
+# many of which lie halfway between two others, where rounding costs most. A V' that is larger by this seldom does; few
+# bits, so that T's ones stay exact.
+STRETCH = 1.375
 # Below this a gate is an exact zero in fp64 too; clamping keeps -inf and 1e30 out of the sums.
 WEAKEST = tl.constexpr(-1000.0)
 
@@ -142,11 +147,11 @@ def _store_likeness(likeness, kk, kk_before, g, first: tl.constexpr):
 
 
 @triton.jit
-def _store_gates(c_sum, from_start, to_end, rate, c, total, beta, rows):
+def _store_gates(c_sum, from_start, to_end, rate, c, total, beta, rows, SCALE: tl.constexpr):
     tl.store(c_sum + rows, c)
     tl.store(rate + rows, beta)
     tl.store(from_start + rows, tl.exp(c.to(tl.float32)))
-    tl.store(to_end + rows, tl.exp((total - c).to(tl.float32)))
+    tl.store(to_end + rows, tl.exp((total - c).to(tl.float32)) / SCALE)
 
 
 @triton.jit
@@ -180,10 +185,11 @@ def invert_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,
     C: tl.constexpr,
+    SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``scaled`` is ``T``, ``inverse`` the transposed inverse, or None. ``rest`` and ``likeness [C]`` are scratch, None
-    where fp32 holds all digits."""
+    """``scaled`` is ``SCALE * T``, ``to_end`` divided by ``SCALE``, ``inverse`` the transposed inverse, or None.
+    ``rest`` and ``likeness [C]`` are scratch, None where fp32 holds all digits."""
     program = tl.program_id(0)
     hv = (program % HV).to(tl.int64)
     b, begin, length = chunk_of(program // HV, T, N, cu_seqlens, chunk_offsets, C)
@@ -228,10 +234,10 @@ def invert_kernel(
     beta1 = tl.load(beta + r1 * stride_beta_t, mask=r1 < length, other=0.0).to(tl.float32)
     beta2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32)
     beta3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32)
-    _store_gates(c_sum, from_start, to_end, rate, c0, total, beta0, r0)
-    _store_gates(c_sum, from_start, to_end, rate, c1, total, beta1, r1)
-    _store_gates(c_sum, from_start, to_end, rate, c2, total, beta2, r2)
-    _store_gates(c_sum, from_start, to_end, rate, c3, total, beta3, r3)
+    _store_gates(c_sum, from_start, to_end, rate, c0, total, beta0, r0, SCALE)
+    _store_gates(c_sum, from_start, to_end, rate, c1, total, beta1, r1, SCALE)
+    _store_gates(c_sum, from_start, to_end, rate, c2, total, beta2, r2, SCALE)
+    _store_gates(c_sum, from_start, to_end, rate, c3, total, beta3, r3, SCALE)
 
     kk00 = tl.zeros([16, 16], dtype=tl.float32)
     kk10 = tl.zeros([16, 16], dtype=tl.float32)
@@ -294,10 +300,10 @@ def invert_kernel(
     i30 = -tl.dot(i33, x, input_precision=PRECISION)
 
     # Loaded again, which is cheaper than to hold them until here.
-    beta0 = tl.load(beta + r0 * stride_beta_t, mask=r0 < length, other=0.0).to(tl.float32)
-    beta1 = tl.load(beta + r1 * stride_beta_t, mask=r1 < length, other=0.0).to(tl.float32)
-    beta2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32)
-    beta3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32)
+    beta0 = tl.load(beta + r0 * stride_beta_t, mask=r0 < length, other=0.0).to(tl.float32) * SCALE
+    beta1 = tl.load(beta + r1 * stride_beta_t, mask=r1 < length, other=0.0).to(tl.float32) * SCALE
+    beta2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32) * SCALE
+    beta3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32) * SCALE
     zero = tl.zeros([16, 16], dtype=tl.float32)
     _store_16(scaled, rest, i00 * beta0[None, :], 0, 0, C)
     _store_16(scaled, rest, zero, 0, 1, C)
@@ -472,6 +478,7 @@ def intra_chunk(
         return torch.empty((table.chunks, HV, CHUNK, *shape), dtype=dtype, device=q.device)
 
     low = q.element_size() == 2
+    stretch = STRETCH if low and not backward else 1.0
     gates = (buffer(dtype=torch.float64), *(buffer(dtype=torch.float32) for _ in range(3)))
     more = (buffer(CHUNK), buffer(K)) if backward else (None, None)
     x = IntraChunk(*gates, buffer(CHUNK), buffer(CHUNK), *more)
@@ -480,7 +487,7 @@ def intra_chunk(
         rest=x.P if low else None, likeness=buffer(dtype=torch.float32) if low else None, inverse=x.inverse, T=T,
         **table.arguments(), **strides_of("k", k), **strides_of("g", g),
         **strides_of("beta", beta), H=H, HV=HV, K=K, BK=max(16, min(64, triton.next_power_of_2(K))), C=CHUNK,
-        PRECISION=precision_of(q), num_warps=1 if low else 4, num_stages=2,
+        SCALE=stretch, PRECISION=precision_of(q), num_warps=1 if low else 4, num_stages=2,
     )  # fmt: skip
-    score(q, k, x.c_sum, x.P, table, scale, grown=x.grown_q)
+    score(q, k, x.c_sum, x.P, table, scale / stretch, grown=x.grown_q)
     return x
