@@ -41,8 +41,31 @@ from gdn_ops.kernels.triton.launch import launch
 # many of which lie halfway between two others, where rounding costs most. A V' that is larger by this seldom does; few
 # bits, so that T's ones stay exact.
 STRETCH = 1.375
+# Keys of which no two neighbours have as much in common are rounded each for itself. It costs a fifth of the kernel to
+# do otherwise, and a tenth of the accuracy not to where all keys have as much in common with each other.
+ALIKE = tl.constexpr(0.35)
 # Below this a gate is an exact zero in fp64 too; clamping keeps -inf and 1e30 out of the sums.
 WEAKEST = tl.constexpr(-1000.0)
+
+
+@triton.jit
+def _high(x):
+    """``x`` rounded to what bfloat16 holds, by its bits: a conversion and back takes more instructions."""
+    return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _product(a, b, LOW: tl.constexpr, PRECISION: tl.constexpr):
+    """``a b`` in fp32; with ``LOW``, bfloat16, by three products of two terms each, which is good to 2^-16."""
+    if LOW is None:
+        return tl.dot(a, b, input_precision=PRECISION)
+    a0 = _high(a)
+    b0 = _high(b)
+    a1 = (a - a0).to(LOW)
+    b1 = (b - b0).to(LOW)
+    a0 = a0.to(LOW)
+    b0 = b0.to(LOW)
+    return tl.dot(a0, b0, tl.dot(a0, b1, tl.dot(a1, b0)))
 
 
 @triton.jit
@@ -59,31 +82,66 @@ def _diagonal_block(kk, beta, c):
 
 
 @triton.jit
-def _invert_16(A, PRECISION: tl.constexpr):
-    """``(I + A)^-1`` of a strictly lower 16 x 16 block: its two 8 x 8 blocks row by row, both at once, then the
-    whole by block substitution."""
-    rows = tl.arange(0, 16)
-    i = rows[:, None]
-    j = rows[None, :]
-    eight = i // 8 == j // 8
-    inverse = tl.where(eight, -A, 0.0)
-    for step in range(2, 8):
-        row = tl.sum(tl.where(i % 8 == step, inverse, 0.0), axis=0)
-        row += tl.sum(row[:, None] * inverse, axis=0)
-        inverse = tl.where((i % 8 == step) & eight, row[None, :], inverse)
-    inverse += tl.where(i == j, 1.0, 0.0)
-    x = tl.dot(tl.where(eight, 0.0, A), inverse, input_precision=PRECISION)
-    inverse -= tl.dot(inverse, x, input_precision=PRECISION)
-    return inverse
+def _store_eights(work, A, first: tl.constexpr):
+    """The two blocks of 8 x 8 on the diagonal of ``A [16, 16]``, negative, column by column."""
+    i = tl.arange(0, 16)[:, None]
+    j = tl.arange(0, 16)[None, :]
+    tl.store(work + (first + i // 8) * 64 + j % 8 * 8 + i % 8, -A, mask=i // 8 == j // 8)
 
 
 @triton.jit
-def _store_16(x, rest, block, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
+def _invert_eights(work):
+    """Eight blocks in place, by forward substitution of a row of each at a time."""
+    block = tl.arange(0, 8)[:, None, None]
+    j = tl.arange(0, 8)[None, :, None]
+    i = tl.arange(0, 8)[None, None, :]
+    at = work + block * 64 + j * 8 + i
+    tl.debug_barrier()  # what is read here, other threads have stored
+    inverse = tl.load(at)
+    for step in range(2, 8):
+        row = tl.sum(tl.where(i == step, inverse, 0.0), axis=2)
+        row += tl.sum(row[:, None, :] * inverse, axis=2)
+        inverse = tl.where(i == step, row[:, :, None], inverse)
+    tl.debug_barrier()
+    tl.store(at, inverse + tl.where(i == j, 1.0, 0.0))
+    tl.debug_barrier()
+
+
+@triton.jit
+def _invert_16(work, A, first: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.constexpr):
+    """``(I + A)^-1`` of a strictly lower 16 x 16 block, from the inverses of its blocks of 8 x 8."""
+    i = tl.arange(0, 16)[:, None]
+    j = tl.arange(0, 16)[None, :]
+    eight = i // 8 == j // 8
+    inverse = tl.load(work + (first + i // 8) * 64 + j % 8 * 8 + i % 8, mask=eight, other=0.0)
+    x = _product(tl.where(eight, 0.0, A), inverse, LOW, PRECISION)
+    return inverse - _product(inverse, x, LOW, PRECISION)
+
+
+@triton.jit
+def _store_16(x, rest, alike, block, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
     at = (i * 16 + tl.arange(0, 16))[:, None] * C + (j * 16 + tl.arange(0, 16))[None, :]
     rounded = block.to(x.dtype.element_ty)
     tl.store(x + at, rounded)
     if rest is not None:
-        tl.store(rest + at, (block - rounded.to(tl.float32)).to(rest.dtype.element_ty))
+        tl.store(rest + at, (block - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=alike)
+
+
+@triton.jit
+def _store_both(scaled, rest, inverse, alike, block, rate, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
+    """A block of the inverse into ``T`` and into the transposed inverse."""
+    _store_16(scaled, rest, alike, block * rate[None, :], i, j, C)
+    if inverse is not None:
+        _store_16(inverse, None if rest is None else rest + C * C, alike, tl.trans(block), j, i, C)
+
+
+@triton.jit
+def _store_zeros(scaled, rest, inverse, alike, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
+    """What is above the diagonal of the one, and below that of the other."""
+    zero = tl.zeros([16, 16], dtype=tl.float32)
+    _store_16(scaled, rest, alike, zero, i, j, C)
+    if inverse is not None:
+        _store_16(inverse, None if rest is None else rest + C * C, alike, zero, j, i, C)
 
 
 @triton.jit
@@ -128,12 +186,12 @@ def _round_rows(x, rest, likeness, first: tl.constexpr, step: tl.constexpr, C: t
         left = _round_row(x, r5, a5 * left, i + 5 * step, C)
         left = _round_row(x, r6, a6 * left, i + 6 * step, C)
         left = _round_row(x, r7, a7 * left, i + 7 * step, C)
-    tl.debug_barrier()  # of ``rest``, the next may be stored
 
 
 @triton.jit
 def _store_likeness(likeness, kk, kk_before, g, first: tl.constexpr):
-    """Of 16 tokens: how much of its key each has in common with the one before it, after the decay in between."""
+    """Of 16 tokens: how much of its key each has in common with the one before it, after the decay in between. Returns
+    the most."""
     r = tl.arange(0, 16)
     i = r[:, None]
     j = r[None, :]
@@ -143,7 +201,9 @@ def _store_likeness(likeness, kk, kk_before, g, first: tl.constexpr):
     own = tl.sum(tl.where(i == j, kk, 0.0), axis=1)
     alike = tl.where(own > 0, common / tl.where(own > 0, own, 1.0), 0.0)
     alike = tl.minimum(tl.maximum(alike, -1.0), 1.0)
-    tl.store(likeness + first + r, alike * tl.exp(g.to(tl.float32)))
+    alike *= tl.exp(g.to(tl.float32))
+    tl.store(likeness + first + r, alike)
+    return tl.max(tl.abs(alike), axis=0)
 
 
 @triton.jit
@@ -166,19 +226,20 @@ def invert_kernel(
     scaled,
     rest,
     likeness,
+    work,
     inverse,
     cu_seqlens,
     chunk_offsets,
     T,
     N,
     stride_k_b,
-    stride_k_t,
+    stride_k_t: tl.constexpr,
     stride_k_h,
     stride_g_b,
-    stride_g_t,
+    stride_g_t: tl.constexpr,
     stride_g_h,
     stride_beta_b,
-    stride_beta_t,
+    stride_beta_t: tl.constexpr,
     stride_beta_h,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -186,6 +247,7 @@ def invert_kernel(
     BK: tl.constexpr,
     C: tl.constexpr,
     SCALE: tl.constexpr,
+    LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``scaled`` is ``SCALE * T``, ``to_end`` divided by ``SCALE``, ``inverse`` the transposed inverse, or None.
@@ -204,8 +266,9 @@ def invert_kernel(
     to_end += here
     rate += here
     scaled += here * C
+    work += here * 8
     if rest is not None:
-        rest += here * C
+        rest += here * C * (1 if inverse is None else 2)
         likeness += here
     if inverse is not None:
         inverse += here * C
@@ -270,78 +333,72 @@ def invert_kernel(
         kk32 = tl.dot(k3, t2, kk32, input_precision=PRECISION)
         kk33 = tl.dot(k3, tl.trans(k3), kk33, input_precision=PRECISION)
 
+    alike = False
     if rest is not None:
-        _store_likeness(likeness, kk00, None, g0, 0)
-        _store_likeness(likeness, kk11, kk10, g1, 16)
-        _store_likeness(likeness, kk22, kk21, g2, 32)
-        _store_likeness(likeness, kk33, kk32, g3, 48)
-    i00 = _invert_16(_diagonal_block(kk00, beta0, c0), PRECISION)
-    i11 = _invert_16(_diagonal_block(kk11, beta1, c1), PRECISION)
-    i22 = _invert_16(_diagonal_block(kk22, beta2, c2), PRECISION)
-    i33 = _invert_16(_diagonal_block(kk33, beta3, c3), PRECISION)
+        most = _store_likeness(likeness, kk00, None, g0, 0)
+        most = tl.maximum(most, _store_likeness(likeness, kk11, kk10, g1, 16))
+        most = tl.maximum(most, _store_likeness(likeness, kk22, kk21, g2, 32))
+        most = tl.maximum(most, _store_likeness(likeness, kk33, kk32, g3, 48))
+        alike = most > ALIKE
+    a00 = _diagonal_block(kk00, beta0, c0)
+    a11 = _diagonal_block(kk11, beta1, c1)
+    a22 = _diagonal_block(kk22, beta2, c2)
+    a33 = _diagonal_block(kk33, beta3, c3)
+    _store_eights(work, a00, 0)
+    _store_eights(work, a11, 2)
+    _store_eights(work, a22, 4)
+    _store_eights(work, a33, 6)
+    _invert_eights(work)
+    # Loaded again, which is cheaper than to hold them until here. Each block is stored as soon as it is there, or all
+    # of them would be held to the end.
+    rate0 = tl.load(beta + r0 * stride_beta_t, mask=r0 < length, other=0.0).to(tl.float32) * SCALE
+    rate1 = tl.load(beta + r1 * stride_beta_t, mask=r1 < length, other=0.0).to(tl.float32) * SCALE
+    rate2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32) * SCALE
+    rate3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32) * SCALE
+    _store_zeros(scaled, rest, inverse, alike, 0, 1, C)
+    _store_zeros(scaled, rest, inverse, alike, 0, 2, C)
+    _store_zeros(scaled, rest, inverse, alike, 0, 3, C)
+    _store_zeros(scaled, rest, inverse, alike, 1, 2, C)
+    _store_zeros(scaled, rest, inverse, alike, 1, 3, C)
+    _store_zeros(scaled, rest, inverse, alike, 2, 3, C)
+    i00 = _invert_16(work, a00, 0, LOW, PRECISION)
+    _store_both(scaled, rest, inverse, alike, i00, rate0, 0, 0, C)
+    i11 = _invert_16(work, a11, 2, LOW, PRECISION)
+    _store_both(scaled, rest, inverse, alike, i11, rate1, 1, 1, C)
     a10 = _block(kk10, beta1, c1, c0)
-    a20 = _block(kk20, beta2, c2, c0)
+    i10 = -_product(i11, _product(a10, i00, LOW, PRECISION), LOW, PRECISION)
+    _store_both(scaled, rest, inverse, alike, i10, rate0, 1, 0, C)
+    i22 = _invert_16(work, a22, 4, LOW, PRECISION)
+    _store_both(scaled, rest, inverse, alike, i22, rate2, 2, 2, C)
     a21 = _block(kk21, beta2, c2, c1)
-    a30 = _block(kk30, beta3, c3, c0)
-    a31 = _block(kk31, beta3, c3, c1)
+    i21 = -_product(i22, _product(a21, i11, LOW, PRECISION), LOW, PRECISION)
+    _store_both(scaled, rest, inverse, alike, i21, rate1, 2, 1, C)
+    a20 = _block(kk20, beta2, c2, c0)
+    x = _product(a20, i00, LOW, PRECISION)
+    x += _product(a21, i10, LOW, PRECISION)
+    i20 = -_product(i22, x, LOW, PRECISION)
+    _store_both(scaled, rest, inverse, alike, i20, rate0, 2, 0, C)
+    i33 = _invert_16(work, a33, 6, LOW, PRECISION)
+    _store_both(scaled, rest, inverse, alike, i33, rate3, 3, 3, C)
     a32 = _block(kk32, beta3, c3, c2)
-    i10 = -tl.dot(i11, tl.dot(a10, i00, input_precision=PRECISION), input_precision=PRECISION)
-    i21 = -tl.dot(i22, tl.dot(a21, i11, input_precision=PRECISION), input_precision=PRECISION)
-    i32 = -tl.dot(i33, tl.dot(a32, i22, input_precision=PRECISION), input_precision=PRECISION)
-    x = tl.dot(a20, i00, input_precision=PRECISION)
-    x = tl.dot(a21, i10, x, input_precision=PRECISION)
-    i20 = -tl.dot(i22, x, input_precision=PRECISION)
-    x = tl.dot(a31, i11, input_precision=PRECISION)
-    x = tl.dot(a32, i21, x, input_precision=PRECISION)
-    i31 = -tl.dot(i33, x, input_precision=PRECISION)
-    x = tl.dot(a30, i00, input_precision=PRECISION)
-    x = tl.dot(a31, i10, x, input_precision=PRECISION)
-    x = tl.dot(a32, i20, x, input_precision=PRECISION)
-    i30 = -tl.dot(i33, x, input_precision=PRECISION)
-
-    # Loaded again, which is cheaper than to hold them until here.
-    beta0 = tl.load(beta + r0 * stride_beta_t, mask=r0 < length, other=0.0).to(tl.float32) * SCALE
-    beta1 = tl.load(beta + r1 * stride_beta_t, mask=r1 < length, other=0.0).to(tl.float32) * SCALE
-    beta2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32) * SCALE
-    beta3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32) * SCALE
-    zero = tl.zeros([16, 16], dtype=tl.float32)
-    _store_16(scaled, rest, i00 * beta0[None, :], 0, 0, C)
-    _store_16(scaled, rest, zero, 0, 1, C)
-    _store_16(scaled, rest, zero, 0, 2, C)
-    _store_16(scaled, rest, zero, 0, 3, C)
-    _store_16(scaled, rest, i10 * beta0[None, :], 1, 0, C)
-    _store_16(scaled, rest, i11 * beta1[None, :], 1, 1, C)
-    _store_16(scaled, rest, zero, 1, 2, C)
-    _store_16(scaled, rest, zero, 1, 3, C)
-    _store_16(scaled, rest, i20 * beta0[None, :], 2, 0, C)
-    _store_16(scaled, rest, i21 * beta1[None, :], 2, 1, C)
-    _store_16(scaled, rest, i22 * beta2[None, :], 2, 2, C)
-    _store_16(scaled, rest, zero, 2, 3, C)
-    _store_16(scaled, rest, i30 * beta0[None, :], 3, 0, C)
-    _store_16(scaled, rest, i31 * beta1[None, :], 3, 1, C)
-    _store_16(scaled, rest, i32 * beta2[None, :], 3, 2, C)
-    _store_16(scaled, rest, i33 * beta3[None, :], 3, 3, C)
+    i32 = -_product(i33, _product(a32, i22, LOW, PRECISION), LOW, PRECISION)
+    _store_both(scaled, rest, inverse, alike, i32, rate2, 3, 2, C)
+    a31 = _block(kk31, beta3, c3, c1)
+    x = _product(a31, i11, LOW, PRECISION)
+    x += _product(a32, i21, LOW, PRECISION)
+    i31 = -_product(i33, x, LOW, PRECISION)
+    _store_both(scaled, rest, inverse, alike, i31, rate1, 3, 1, C)
+    a30 = _block(kk30, beta3, c3, c0)
+    x = _product(a30, i00, LOW, PRECISION)
+    x += _product(a31, i10, LOW, PRECISION)
+    x += _product(a32, i20, LOW, PRECISION)
+    i30 = -_product(i33, x, LOW, PRECISION)
+    _store_both(scaled, rest, inverse, alike, i30, rate0, 3, 0, C)
     if rest is not None:
-        _round_rows(scaled, rest, likeness, 0, 1, C)
-    if inverse is not None:
-        _store_16(inverse, rest, tl.trans(i00), 0, 0, C)
-        _store_16(inverse, rest, tl.trans(i10), 0, 1, C)
-        _store_16(inverse, rest, tl.trans(i20), 0, 2, C)
-        _store_16(inverse, rest, tl.trans(i30), 0, 3, C)
-        _store_16(inverse, rest, zero, 1, 0, C)
-        _store_16(inverse, rest, tl.trans(i11), 1, 1, C)
-        _store_16(inverse, rest, tl.trans(i21), 1, 2, C)
-        _store_16(inverse, rest, tl.trans(i31), 1, 3, C)
-        _store_16(inverse, rest, zero, 2, 0, C)
-        _store_16(inverse, rest, zero, 2, 1, C)
-        _store_16(inverse, rest, tl.trans(i22), 2, 2, C)
-        _store_16(inverse, rest, tl.trans(i32), 2, 3, C)
-        _store_16(inverse, rest, zero, 3, 0, C)
-        _store_16(inverse, rest, zero, 3, 1, C)
-        _store_16(inverse, rest, zero, 3, 2, C)
-        _store_16(inverse, rest, tl.trans(i33), 3, 3, C)
-        if rest is not None:
-            _round_rows(inverse, rest, likeness, C - 1, -1, C)
+        if alike:
+            _round_rows(scaled, rest, likeness, 0, 1, C)
+            if inverse is not None:
+                _round_rows(inverse, rest + C * C, likeness, C - 1, -1, C)
 
 
 @triton.jit
@@ -357,10 +414,10 @@ def score_kernel(
     T,
     N,
     stride_q_b,
-    stride_q_t,
+    stride_q_t: tl.constexpr,
     stride_q_h,
     stride_k_b,
-    stride_k_t,
+    stride_k_t: tl.constexpr,
     stride_k_h,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -482,12 +539,16 @@ def intra_chunk(
     gates = (buffer(dtype=torch.float64), *(buffer(dtype=torch.float32) for _ in range(3)))
     more = (buffer(CHUNK), buffer(K)) if backward else (None, None)
     x = IntraChunk(*gates, buffer(CHUNK), buffer(CHUNK), *more)
+    rest = None
+    if low:
+        rest = buffer(2, CHUNK, CHUNK) if backward else x.P  # not P yet
     launch(invert_kernel)[(table.chunks * HV,)](
         k=k, g=g, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end, rate=x.beta, scaled=x.T,
-        rest=x.P if low else None, likeness=buffer(dtype=torch.float32) if low else None, inverse=x.inverse, T=T,
-        **table.arguments(), **strides_of("k", k), **strides_of("g", g),
+        rest=rest, likeness=buffer(dtype=torch.float32) if low else None, work=buffer(8, dtype=torch.float32),
+        inverse=x.inverse, T=T, **table.arguments(), **strides_of("k", k), **strides_of("g", g),
         **strides_of("beta", beta), H=H, HV=HV, K=K, BK=max(16, min(64, triton.next_power_of_2(K))), C=CHUNK,
-        SCALE=stretch, PRECISION=precision_of(q), num_warps=1 if low else 4, num_stages=2,
+        SCALE=stretch, LOW=tl.bfloat16 if low else None, PRECISION=precision_of(q), num_warps=1 if low else 4,
+        num_stages=2,
     )  # fmt: skip
     score(q, k, x.c_sum, x.P, table, scale / stretch, grown=x.grown_q)
     return x

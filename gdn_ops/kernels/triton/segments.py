@@ -79,10 +79,10 @@ def map_kernel(
     T,
     N,
     stride_k_b,
-    stride_k_t,
+    stride_k_t: tl.constexpr,
     stride_k_h,
     stride_v_b,
-    stride_v_t,
+    stride_v_t: tl.constexpr,
     stride_v_h,
     H: tl.constexpr,
     HV: tl.constexpr,
@@ -135,8 +135,9 @@ def map_kernel(
         t_cc = tl.load(transition + rows[:, None] * C + rows[None, :])
         grown_c = tl.load(from_start + rows)
         decay_c = tl.load(to_end + rows)
+        S_low = S_vk.to(k_ck.dtype)  # before any product: docs/kernels.md, Traps
         u_vc = tl.dot(tl.trans(v_cv), tl.trans(t_cc), input_precision=PRECISION)
-        stored_vc = tl.dot(S_vk.to(k_ck.dtype), tl.trans(k_ck), input_precision=PRECISION)
+        stored_vc = tl.dot(S_low, tl.trans(k_ck), input_precision=PRECISION)
         erased_vc = (stored_vc * -grown_c[None, :]).to(k_ck.dtype)
         new_vc = tl.dot(erased_vc, tl.trans(t_cc), u_vc, input_precision=PRECISION)
         decayed_vc = (new_vc * decay_c[None, :]).to(k_ck.dtype)
@@ -228,20 +229,26 @@ class Maps(NamedTuple):
     B: Tensor
 
 
+def map_configuration(x: Tensor, K: int) -> dict[str, int]:
+    """Sixty-four columns are one warpgroup's products; two such programs fit on a multiprocessor."""
+    low = x.element_size() == 2
+    BK, BV = max(16, triton.next_power_of_2(K)), 64 if low else 16
+    stages = max(1, min(3, chip_of(x).shared_memory // (CHUNK * (BK + CHUNK + BV) * x.element_size())))
+    return {"BK": BK, "BV": BV, "num_warps": 4 if low else 8, "num_stages": stages}
+
+
 def maps(x: IntraChunk, k: Tensor, v: Tensor, table: ChunkTable, last: bool) -> Maps:
     """The maps of all segments; without ``last``, those of each sequence's last segment are left unwritten."""
     T, H, K = k.shape[1:]
     HV, V = v.shape[2:]
     M = torch.empty((table.segments, HV, K, K), dtype=torch.float32, device=k.device)
     B = torch.empty((table.segments, HV, K, V), dtype=torch.float32, device=k.device)
-    BK, BV = max(16, triton.next_power_of_2(K)), 64 if k.element_size() == 2 else 16
-    stage = CHUNK * (BK + CHUNK + BV) * k.element_size()
-    stages = max(1, min(3, chip_of(k).shared_memory // stage))
+    configuration = map_configuration(k, K)
+    BV = configuration["BV"]
     launch(map_kernel)[(table.segments * HV * (triton.cdiv(K, BV) + triton.cdiv(V, BV)),)](
         k=k, v=v, transition=x.T, from_start=x.from_start, to_end=x.to_end, M=M, B=B, T=T,
-        **strides_of("k", k), **strides_of("v", v), H=H, HV=HV, K=K, V=V, BK=BK, BV=BV, C=CHUNK,
-        PRECISION=precision_of(k), LAST=last,
-        **table.segment_arguments(), num_warps=4 if k.element_size() == 2 else 8, num_stages=stages,
+        **strides_of("k", k), **strides_of("v", v), H=H, HV=HV, K=K, V=V, C=CHUNK,
+        PRECISION=precision_of(k), LAST=last, **table.segment_arguments(), **configuration,
     )  # fmt: skip
     return Maps(M, B)
 
