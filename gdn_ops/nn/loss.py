@@ -1,9 +1,9 @@
 """Cross-entropy of a linear layer's outputs, without all of those outputs at once.
 
 Logits ``[N, vocabulary]`` and their gradient are the largest tensors of a training step: at 32768 tokens and a
-vocabulary of 32000 they take 4 GiB each in fp32, all layers of a model of 0.4B less. So rows are taken a chunk at a
-time. A chunk's logits give its loss and, at once, the gradients of its rows and its part of the weight's, and are gone
-before the next chunk's exist; the backward pass has only to multiply by the gradient of the loss. No product is
+vocabulary of 32000 they take 4 GiB each in fp32, as much as the weights of a model of 1B. So rows are taken a chunk at
+a time. A chunk's logits give its loss and, at once, the gradients of its rows and its part of the weight's, and are
+gone before the next chunk's exist; the backward pass has only to multiply by the gradient of the loss. No product is
 computed twice.
 
 The chunks are a loop over a fixed number, whatever N is, so that a compiler unrolls it once for every length (of two
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 MOST_CHUNKS = 16
@@ -64,14 +63,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, chunks):
         total, dx, dweight = _sums(x, weight, targets, chunks, gradients=True)
         ctx.save_for_backward(dx, dweight)
-        ctx.dtypes = x.dtype, weight.dtype
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        dx, dweight = (y.to(dtype) * grad for y, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-        return dx, dweight, None, None
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and grad.requires_grad:
+            raise RuntimeError("linear_cross_entropy: expected to be differentiated once, got create_graph=True")
+        dx, dweight = ctx.saved_tensors
+        return dx.to(ctx.x_dtype) * grad, dweight.to(ctx.weight_dtype) * grad, None, None
 
 
 def _sums(x, weight, targets, chunks, gradients) -> tuple[Tensor, Tensor | None, Tensor | None]:
