@@ -1,4 +1,4 @@
-"""``python -m perf op | gpu | linear | cpu | tune | plot``; see the package's docstring. Needs torch and gdn_ops."""
+"""``python -m perf op | gpu | linear | train | cpu | tune | plot``; see the package's docstring."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from perf import runs
+from gdn_ops.models import PRESETS
+from gdn_ops.models.hybrid import ACTIVATION_CHECKPOINTING
+from perf import runs, training
 from perf import tune as tuning
 from perf.cpu_providers import CPU_PROVIDERS
 from perf.linear_providers import LINEAR_PROVIDERS
@@ -19,6 +21,7 @@ from perf.linear_providers import peak_memory as linear_peak
 from perf.providers import PROVIDERS
 from perf.records import ROOT
 from perf.shapes import DIRECTIONS, DTYPES, SUITES, Shape, parse_shape
+from perf.training_models import TRAIN_PROVIDERS
 
 RESULTS = ROOT / "perf" / "results"
 
@@ -26,6 +29,13 @@ RESULTS = ROOT / "perf" / "results"
 def _shape(text: str) -> Shape:
     try:
         return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _size(text: str) -> training.Size:
+    try:
+        return training.parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -70,6 +80,15 @@ def linear(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     who, out = _chosen(a.provider, LINEAR_PROVIDERS), _csv(a.out, "linear.csv")
     costs = runs.Costs(linear_cost, linear_peak)
     runs.run(tasks, dtype, a.device, who, out, a.budget, warm=False, costs=costs)
+
+
+def train(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    _need_cuda(parser, a.device)
+    precision = a.precision or ("autocast" if a.device == "cuda" else "fp32")
+    who = _chosen(a.provider, TRAIN_PROVIDERS)
+    setting = training.Setting(a.device, precision, a.checkpointing)
+    presets, sizes = a.preset or training.PRESETS, a.shape or training.SIZES
+    training.run(presets, sizes, who, setting, _csv(a.out, "train.csv"), a.budget)
 
 
 def cpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
@@ -136,6 +155,14 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=list(DTYPES), help="default bf16 on CUDA, fp32 on the CPU")
     sub.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     measured(sub, LINEAR_PROVIDERS, 150.0)
+
+    sub = command(train, "Whole training steps of models, next to FLA's and Hugging Face's.")
+    sub.add_argument("--preset", action="append", choices=PRESETS, help="default: gdn-0.4b and h1-0.4b")
+    sub.add_argument("--shape", action="append", type=_size, metavar="TxBATCH", help="default: 4096x8 and so on")
+    sub.add_argument("--precision", choices=training.PRECISIONS, help="default autocast on CUDA, fp32 on the CPU")
+    sub.add_argument("--checkpointing", choices=ACTIVATION_CHECKPOINTING, default="none", help="of activations")
+    sub.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    measured(sub, TRAIN_PROVIDERS, 500.0)
 
     sub = command(cpu, "H16/HV32, D=128, fp32 next to transformers and ONNX Runtime.")
     sub.add_argument("--threads", type=int, default=2)

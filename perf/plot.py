@@ -1,4 +1,5 @@
-"""Pictures of CSV files, drawn from nothing else: one PNG a device, direction and dtype.
+"""Pictures of CSV files, drawn from nothing else: one PNG a device, direction and dtype; those of training steps are
+``perf/training_plot.py``.
 
 A group of bars a shape, a bar a provider: p50 as its height, p20 to p80 as the whisker, and the floor as a black line
 across the group. Where a CSV has a row more than once, the last counts. Needs matplotlib, which the ``train`` extra
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from perf import training_plot
 from perf.records import read_csv
 from perf.shapes import Shape
 
@@ -87,9 +89,11 @@ def draw(paths: Sequence[Path], out: Path) -> list[Path]:
 
     >>> draw([Path("perf/results/cpu.csv")], Path("/tmp/plots"))  # doctest: +SKIP
     """
-    todo, plt = pictures(paths), _pyplot()
+    steps = [path for path in paths if training_plot.is_training(path)]
+    calls = [path for path in paths if path not in steps]
+    todo, plt = pictures(calls) if calls else [], _pyplot()
     out.mkdir(parents=True, exist_ok=True)
-    written = []
+    written = training_plot.draw(steps, out, plt) if steps else []
     for picture in todo:
         width = 0.8 / len(picture.providers)
         figure, axes = plt.subplots(figsize=(max(6.0, 1.6 * len(picture.bars) + 2), 4.5), layout="constrained")

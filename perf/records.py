@@ -135,7 +135,8 @@ class Row:
         return Shape(self.H, self.HV, self.N, self.T, self.K, self.V)
 
 
-def _short(x: float | None) -> float | None:
+def short(x: float | None) -> float | None:
+    """Five significant digits."""
     return None if x is None else float(f"{x:.5g}")
 
 
@@ -147,24 +148,25 @@ def make_row(
     seconds = None if t is None else t.p50 * 1e-3
     return Row(
         direction, *shape, dtype, measurement.provider, measurement.method, 0 if t is None else t.samples,
-        *((None,) * 4 if t is None else map(_short, t[:4])),
-        _short(floor.ms), _short(floor.bytes_ms), _short(floor.flops_ms),
-        *((None,) * 3 if seconds is None else map(_short, (
+        *((None,) * 4 if t is None else map(short, t[:4])),
+        short(floor.ms), short(floor.bytes_ms), short(floor.flops_ms),
+        *((None,) * 3 if seconds is None else map(short, (
             t.p50 / floor.ms, cost.bytes / seconds / ceilings.copy, cost.flops / seconds / ceilings.matmul,
         ))),
-        _short(error), _short(peak_mib), measurement.note,
+        short(error), short(peak_mib), measurement.note,
     )  # fmt: skip
 
 
 class Recorder:
     """Appends rows to a CSV file as they come, each flushed: a run that is cut off loses nothing it has measured.
 
-    An existing file is continued if its columns are these; otherwise ValueError says so.
+    ``kind`` is the dataclass of the rows. An existing file is continued if its columns are these; otherwise ValueError
+    says so.
     """
 
-    def __init__(self, path: Path, env: Environment):
+    def __init__(self, path: Path, env: Environment, kind: type = Row):
         self.path, self.env, self.rows = path, env, []
-        self.columns = [f.name for f in dataclasses.fields(Row)] + [f.name for f in dataclasses.fields(Environment)]
+        self.columns = [f.name for f in dataclasses.fields(kind)] + [f.name for f in dataclasses.fields(Environment)]
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
             with path.open(newline="") as file:
@@ -175,7 +177,7 @@ class Recorder:
             with path.open("w", newline="") as file:
                 csv.writer(file).writerow(self.columns)
 
-    def add(self, row: Row) -> None:
+    def add(self, row) -> None:
         self.rows.append(row)
         values = {**dataclasses.asdict(row), **dataclasses.asdict(self.env)}
         with self.path.open("a", newline="") as file:

@@ -25,20 +25,21 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from gdn_ops.models import generation, pretrained
 from gdn_ops.models.config import HybridConfig
 from gdn_ops.models.mixers import MIXERS
-from gdn_ops.nn import Padding, RMSNorm, SwiGLU
+from gdn_ops.nn import Padding, RMSNorm, SwiGLU, linear_cross_entropy
+from gdn_ops.nn.loss import IGNORED
 from gdn_ops.nn.mixer import check_position
 from gdn_ops.nn.padding import check_rows
 from gdn_ops.ops import save_list
 
 State = dict[str, Any]
-IGNORED = -100
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 
 
 class HybridOutput(NamedTuple):
-    """``logits [B, T, vocab_size]``; ``loss``, a scalar in fp32, with labels; ``state`` if one was given."""
+    """``logits [B, T, vocab_size]``, unless they were not asked for; ``loss``, a scalar in fp32, with labels; ``state``
+    if one was given."""
 
-    logits: Tensor
+    logits: Tensor | None
     loss: Tensor | None = None
     state: State | None = None
 
@@ -160,6 +161,7 @@ class HybridLM(nn.Module):
         state: State | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        return_logits: bool = True,
     ) -> HybridOutput:
         """Logits of the next token at every position.
 
@@ -172,20 +174,27 @@ class HybridLM(nn.Module):
             cu_seqlens: ``[N + 1]`` int32 or int64 bounds of sequences packed along T; B is 1. A model with attention
                 takes no state with it.
             attention_mask: ``[B, T]``, 1 for real tokens, 0 for padding on any side.
+            return_logits: False, with labels, gives the loss alone, by :func:`gdn_ops.nn.linear_cross_entropy`: for
+                training, where all logits at once would be the largest tensors of a step.
 
         Raises:
             ValueError, TypeError: naming the argument.
         """
         self._check_ids(input_ids, "input_ids", 2)
         check_rows(input_ids, "input_ids", attention_mask, None, cu_seqlens)
+        if not return_logits and labels is None:
+            raise ValueError("labels: expected labels with return_logits=False, got None")
         if labels is not None:
             self._check_labels(labels, input_ids)
         padding = None if attention_mask is None else Padding.of(attention_mask)
         ids = input_ids if padding is None else padding.compact(input_ids)
         x, state = self._stream(ids, state, cu_seqlens, None if padding is None else padding.lengths)
-        logits = self._logits(x if padding is None else padding.restore(x))
-        loss = None if labels is None else _loss(logits, _targets(labels, cu_seqlens, attention_mask, padding))
-        return HybridOutput(logits, loss, state)
+        x = x if padding is None else padding.restore(x)
+        targets = None if labels is None else _targets(labels, cu_seqlens, attention_mask, padding)
+        if not return_logits:
+            return HybridOutput(None, linear_cross_entropy(x, self._output_weight, targets), state)
+        logits = self._logits(x)
+        return HybridOutput(logits, None if targets is None else _loss(logits, targets), state)
 
     def prefill(self, input_ids: Tensor, state: State, attention_mask: Tensor | None = None) -> tuple[Tensor, State]:
         """``input_ids [B, T]`` after ``state``: ``(logits [B, T, vocab_size], new state)``."""
@@ -317,6 +326,10 @@ class HybridLM(nn.Module):
         if self.activation_checkpointing == "selective":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, save_list())
         return partial(checkpoint, **options)
+
+    @property
+    def _output_weight(self) -> Tensor:
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)

@@ -113,6 +113,38 @@ def test_one_graph_for_every_length(pattern):
     assert counter.frame_count == 1
 
 
+def test_the_loss_alone_is_one_graph():
+    """A vocabulary in 16 parts: one graph for every length of two rows a part."""
+    model = make("GS", torch.float32, vocab_size=1024)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for i, length in enumerate((70, 16, 64, 130)):
+        ids, labels = ids_of(length, seed=i)
+        want = loss_and_gradients(model, model, ids, labels=labels)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            got = loss_and_gradients(compiled, model, ids, labels=labels, return_logits=False)
+        assert_same(got, want)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_the_loss_alone_has_no_logits():
+    """No tensor of the graphs, cut as Inductor cuts them, is as large as the logits; with logits, some are. Products
+    with the vocabulary are all in the forward graph."""
+    model, largest = make("G", torch.float32, vocab_size=1024), {}
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    for return_logits in (True, False):
+        torch._dynamo.reset()
+        forward, backward, _ = graphs_of(model, dynamic=False, return_logits=return_logits)
+        values = [node.meta["val"] for graph in (forward, backward) for node in graph.graph.nodes if "val" in node.meta]
+        largest[return_logits] = max(x.numel() for x in values if torch.is_tensor(x))
+        vocabulary = [
+            node for node in backward.graph.nodes if node.target in products and 1024 in node.meta["val"].shape
+        ]
+        assert bool(vocabulary) == return_logits
+    assert largest[True] == 140 * 1024 and largest[False] == 1024 * 32  # the weight's gradient
+
+
 def test_packed_sequences_are_one_graph():
     """Lengths and the number of sequences vary."""
     model = make("GS", torch.float32)
@@ -177,7 +209,7 @@ def test_prefill_and_steps_compile_once_each():
     assert counter.frame_count == 2
 
 
-def graphs_of(model):
+def graphs_of(model, dynamic=True, **kwargs):
     """The forward and backward graphs that a backend is given, cut as Inductor cuts them."""
     graphs = {}
 
@@ -193,8 +225,8 @@ def graphs_of(model):
         bw_compiler=keep("backward"),
         partition_fn=min_cut_rematerialization_partition,
     )
-    ids, labels = ids_of(70)
-    got = loss_and_gradients(torch.compile(model, backend=backend, fullgraph=True), model, ids, labels=labels)
+    ids, labels = ids_of(70, dynamic)
+    got = loss_and_gradients(torch.compile(model, backend=backend, fullgraph=True), model, ids, labels=labels, **kwargs)
     return graphs["forward"], graphs["backward"], got
 
 
@@ -293,6 +325,27 @@ def test_fp32_gradients_on_cuda(pattern, kind):
     model.activation_checkpointing = kind
     got = loss_and_gradients(torch.compile(model, fullgraph=True), model, ids, labels=labels)
     assert_same(got, want, 1e-4)
+
+
+@pytest.mark.gpu
+def test_the_loss_alone_on_cuda():
+    """bf16 autocast, a vocabulary in 16 parts: eager's gradients, and less memory than the logits take."""
+    torch.manual_seed(0)
+    config = HybridConfig.preset("tiny", num_hidden_layers=1, pattern="S", vocab_size=8192)
+    model = HybridLM(config).cuda()
+    compiled = autocast(torch.compile(model, fullgraph=True))
+    ids = tokens(8, 2048, device="cuda", vocab_size=8192)
+    want, logits = loss_and_gradients(autocast(model), model, ids, labels=ids), ids.numel() * 8192 * 2
+    for function in (autocast(model), compiled, compiled):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = function(ids, labels=ids, return_logits=False).loss
+        peak = torch.cuda.max_memory_allocated() - before
+        loss.backward()
+        assert_same((loss.detach(), {n: p.grad for n, p in model.named_parameters()}), want, 5e-2)
+        model.zero_grad()
+    assert peak < logits, (peak, logits)
 
 
 @pytest.mark.gpu

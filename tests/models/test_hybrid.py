@@ -90,6 +90,36 @@ def test_int32_tokens_are_the_same():
     assert torch.equal(model(ids.int()).logits, model(ids).logits)
 
 
+@on_devices
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("given", ["labels", "bounds", "mask"])
+def test_the_loss_alone(given, tied, device):
+    """Without logits the loss and the gradients are the same, of packed and padded rows and of a vocabulary that is
+    taken in parts."""
+    model = make("GS", torch.float32, device, tie_word_embeddings=tied, vocab_size=300)
+    ids = tokens(1 if given == "bounds" else 2, 70, device=device, vocab_size=300)
+    labels = ids.clone()
+    labels[:, 20:23] = -100
+    options = {"labels": labels}
+    if given == "bounds":
+        options["cu_seqlens"] = torch.tensor([0, 9, 9, 70], device=device)
+    if given == "mask":
+        options["attention_mask"] = torch.ones(2, 70, device=device)
+        options["attention_mask"][0, :30] = options["attention_mask"][1, 60:] = 0
+    want = model(ids, **options).loss
+    want.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    output = model(ids, **options, return_logits=False)
+    output.loss.backward()
+    assert output.logits is None and output.state is None
+    assert_close(output.loss, want, 1e-6, "loss")
+    for name, p in model.named_parameters():
+        assert_close(p.grad, gradients[name], 5e-5, "d" + name)
+    with torch.no_grad():
+        assert_close(model(ids, **options, return_logits=False).loss, want, 1e-6, "loss without gradients")
+
+
 def test_ignored_labels():
     model, ids = make(), tokens(2, 9)
     labels = ids.clone()
@@ -300,6 +330,7 @@ BAD_CALLS = {
     "ids device": (ValueError, {"input_ids": IDS.to("meta")}, "input_ids: expected device cpu, got meta"),
     "large id": (ValueError, {"input_ids": IDS * 0 + 40}, r"input_ids: expected tokens in \[0, 40\), got 40"),
     "negative id": (ValueError, {"input_ids": IDS * 0 - 1}, r"input_ids: expected tokens in \[0, 40\), got -1"),
+    "no labels": (ValueError, {"return_logits": False}, "labels: expected labels with return_logits=False, got None"),
     "labels type": (TypeError, {"labels": 3}, r"labels: expected a torch\.Tensor, got int"),
     "labels dtype": (TypeError, {"labels": IDS.int()}, r"labels: expected dtype torch\.int64, got torch\.int32"),
     "labels shape": (ValueError, {"labels": IDS[:, :4]}, r"labels: expected shape \(2, 5\), got \(2, 4\)"),

@@ -1,0 +1,119 @@
+"""Cross-entropy of a linear layer's outputs, without all of those outputs at once.
+
+Logits ``[N, vocabulary]`` and their gradient are the largest tensors of a training step: at 32768 tokens and a
+vocabulary of 32000 they take 4 GiB each in fp32, as much as the weights of a model of 1B. So rows are taken a chunk at
+a time. A chunk's logits give its loss and, at once, the gradients of its rows and its part of the weight's, and are
+gone before the next chunk's exist; the backward pass has only to multiply by the gradient of the loss. No product is
+computed twice.
+
+The chunks are a loop over a fixed number, whatever N is, so that a compiler unrolls it once for every length (of two
+rows a chunk and more) and fuses the softmax into its passes over a chunk. torch's own ``linear_cross_entropy`` with
+``LinearCrossEntropyOptions`` follows the same plan; torch 2.11 has none, and 2.13's is an operator that a compiler does
+not see into and compiles anew for every N. Inductor's ``auto_chunker`` leaves symbolic sizes alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+MOST_CHUNKS = 16
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunks: int | None = None) -> Tensor:
+    """Mean of ``cross_entropy(x @ weight.T, targets)`` over the targets that are not -100; 0 if all are.
+
+    Differentiable once, with respect to ``x`` and ``weight``. The products are in the input's dtype (in autocast's,
+    under autocast), the softmax and the loss in fp32.
+
+    Args:
+        x: ``[..., D]``, float.
+        weight: ``[V, D]``, of the same dtype (any other float under autocast).
+        targets: ``[...]`` int64, each in ``[0, V)`` or -100, which is not scored.
+        chunks: parts that the rows are cut into. Default: the largest power of two up to ``V / (2 D)``, at most 16, so
+            that a chunk's logits are a few times as large as ``x``.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Example::
+
+        >>> x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+        >>> loss = linear_cross_entropy(x, weight, torch.randint(40, (2, 5)))
+        >>> loss.backward()
+        >>> x.grad.shape, weight.grad.shape
+        (torch.Size([2, 5, 8]), torch.Size([40, 8]))
+    """
+    _check(x, weight, targets, chunks)
+    if chunks is None:
+        chunks = min(MOST_CHUNKS, 1 << (max(1, weight.shape[0] // (2 * weight.shape[1])).bit_length() - 1))
+    rows, row_targets = x.flatten(0, -2), targets.flatten()
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        total = _LinearCrossEntropy.apply(rows, weight, row_targets, chunks)
+    else:
+        total = _sums(rows, weight, row_targets, chunks, gradients=False)[0]
+    return total / (row_targets != IGNORED).sum().clamp(min=1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the losses; gradients are computed in the forward pass and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunks):
+        total, dx, dweight = _sums(x, weight, targets, chunks, gradients=True)
+        ctx.save_for_backward(dx, dweight)
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and grad.requires_grad:
+            raise RuntimeError("linear_cross_entropy: expected to be differentiated once, got create_graph=True")
+        dx, dweight = ctx.saved_tensors
+        return dx.to(ctx.x_dtype) * grad, dweight.to(ctx.weight_dtype) * grad, None, None
+
+
+def _sums(x, weight, targets, chunks, gradients) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sum of the losses of ``x [N, D]`` and, with ``gradients``, what it is by ``x`` and by ``weight``.
+
+    The gradient of the logits is not divided by the number of targets before it is rounded: at many tokens fp16 would
+    lose it. The weight's gradient is summed by products that add to what is there (``addmm``): sums that a compiler may
+    put off would keep every chunk's part until the end.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    x, weight = x.to(dtype), weight.to(dtype)
+    vocabulary = torch.arange(weight.shape[0], device=x.device)
+    size, total, dx, dweight = x.shape[0] // chunks, torch.zeros((), device=x.device), [], None
+    for i in range(chunks):
+        here = slice(i * size, None if i == chunks - 1 else (i + 1) * size)
+        x_nd, target = x[here], targets[here, None]
+        scored = target != IGNORED
+        target = target.masked_fill(~scored, 0)
+        logits_nv = (x_nd @ weight.T).float()
+        normalizer = logits_nv.logsumexp(-1, keepdim=True)
+        total = total + (normalizer - logits_nv.gather(-1, target)).masked_fill(~scored, 0).sum()
+        if gradients:
+            dlogits_nv = (logits_nv - normalizer).exp() - (vocabulary == target).float()
+            dlogits_nv = dlogits_nv.masked_fill(~scored, 0).to(dtype)
+            dx.append(dlogits_nv @ weight)
+            dweight = dlogits_nv.T @ x_nd if dweight is None else torch.addmm(dweight, dlogits_nv.T, x_nd)
+    return (total, torch.cat(dx), dweight) if gradients else (total, None, None)
+
+
+def _check(x: Tensor, weight: Tensor, targets: Tensor, chunks: int | None) -> None:
+    for name, y in (("x", x), ("weight", weight), ("targets", targets)):
+        if not isinstance(y, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(y).__name__}")
+    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight: expected [V, D] for x [..., D], got {tuple(weight.shape)} and {tuple(x.shape)}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: expected dtype torch.int64, got {targets.dtype}")
+    if targets.dim() != x.dim() - 1 or any(a != b for a, b in zip(targets.shape, x.shape)):
+        raise ValueError(f"targets: expected shape {tuple(x.shape[:-1])}, got {tuple(targets.shape)}")
+    if chunks is not None and (not isinstance(chunks, int) or isinstance(chunks, bool)):
+        raise TypeError(f"chunks: expected an integer, got {chunks!r}")
+    if chunks is not None and chunks < 1:
+        raise ValueError(f"chunks: expected at least 1, got {chunks}")
