@@ -58,14 +58,16 @@ def _high(x):
 def _product(a, b, LOW: tl.constexpr, PRECISION: tl.constexpr):
     """``a b`` in fp32; with ``LOW``, bfloat16, by three products of two terms each, which is good to 2^-16."""
     if LOW is None:
-        return tl.dot(a, b, input_precision=PRECISION)
-    a0 = _high(a)
-    b0 = _high(b)
-    a1 = (a - a0).to(LOW)
-    b1 = (b - b0).to(LOW)
-    a0 = a0.to(LOW)
-    b0 = b0.to(LOW)
-    return tl.dot(a0, b0, tl.dot(a0, b1, tl.dot(a1, b0)))
+        ab = tl.dot(a, b, input_precision=PRECISION)
+    else:
+        a0 = _high(a)
+        b0 = _high(b)
+        a1 = (a - a0).to(LOW)
+        b1 = (b - b0).to(LOW)
+        a0 = a0.to(LOW)
+        b0 = b0.to(LOW)
+        ab = tl.dot(a0, b0, tl.dot(a0, b1, tl.dot(a1, b0)))
+    return ab
 
 
 @triton.jit
