@@ -157,10 +157,10 @@ def test_a_run_resumes_reports_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs, "_parity", lambda size: (Parity(8, (8, 16)), Recipe(3, 2, 1e-3, 1)))
     trained, calls = runs.train, itertools.count()
 
-    def twice(*args):
+    def twice(*args, **kwargs):
         if next(calls) == 2:
             raise OutOfTime
-        return trained(*args)
+        return trained(*args, **kwargs)
 
     monkeypatch.setattr(runs, "train", twice)
     assert main(arguments) == 1
