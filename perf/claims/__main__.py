@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.claims", description="The paper's claims at a small scale.")
     what = (*runs.EXPERIMENTS, "table", "plot")
     parser.add_argument("what", nargs="+", choices=what, metavar="WHAT", help=", ".join(what))
-    parser.add_argument("--size", choices=("toy", "real"), default="real", help="toy is for the CPU and shows nothing")
+    parser.add_argument("--size", choices=runs.SIZES, default="real", help="toy is for the CPU and shows nothing")
     parser.add_argument("--seeds", type=int, default=3, help="runs a model, from seed 0 (default 3)")
     parser.add_argument("--budget", type=float, default=30.0, help="minutes; what does not fit is left (default 30)")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, in processes of their own (default 1)")
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             _say("interrupted; the same command goes on with the runs that were not over")
             return 130
-    rows = runs.read_rows(a.out)
+    rows = runs.in_order(runs.read_rows(a.out))
     if "plot" in a.what:
         for path in report.draw(rows, a.out) if rows else ():
             print(path)

@@ -110,6 +110,7 @@ def runs_of(experiment: str, size: str, seeds: int) -> list[Run]:
     return sorted(found, key=lambda run: run.seed)
 
 
+SIZES = ("toy", "real")
 EXPERIMENTS = ("recall", "needle", "parity", "text", "ablations")
 
 
@@ -120,6 +121,15 @@ def read_rows(out: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def in_order(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """As :func:`runs_of` has the runs, whichever of them were over first; rows of a run stay as they are."""
+    place = {
+        run.key[:-1]: i
+        for i, run in enumerate(run for size in SIZES for name in EXPERIMENTS for run in runs_of(name, size, 1))
+    }
+    return sorted(rows, key=lambda row: place.get(tuple(row[c] for c in KEY[:-1]), len(place)))
 
 
 def _append(out: Path, rows: list[dict[str, Any]]) -> None:
