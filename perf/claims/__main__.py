@@ -13,18 +13,28 @@ from perf.claims import report, runs
 OUT = Path("claims")
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.claims", description="The paper's claims at a small scale.")
     what = (*runs.EXPERIMENTS, "table", "plot")
     parser.add_argument("what", nargs="+", choices=what, metavar="WHAT", help=", ".join(what))
-    parser.add_argument("--size", choices=("toy", "real"), default="real", help="toy is for the CPU and shows nothing")
+    parser.add_argument("--size", choices=runs.SIZES, default="real", help="toy is for the CPU and shows nothing")
     parser.add_argument("--seeds", type=int, default=3, help="runs a model, from seed 0 (default 3)")
     parser.add_argument("--budget", type=float, default=30.0, help="minutes; what does not fit is left (default 30)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, in processes of their own (default 1)")
+    parser.add_argument(
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, default=True, help="a step is one graph on CUDA"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of results.csv and the plots (default {OUT})")
     a = parser.parse_args(arguments)
     if a.seeds < 1:
         parser.error(f"--seeds: expected at least 1, got {a.seeds}")
+    if a.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {a.jobs}")
     if a.budget <= 0:
         parser.error(f"--budget: expected more than 0 minutes, got {a.budget:g}")
     if a.device == "cuda" and not torch.cuda.is_available():
@@ -34,8 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen:
         # Across experiments too, the first seed of everything comes first.
         chosen.sort(key=lambda run: run.seed)
-        left = runs.run_all(chosen, a.out, a.device, a.budget, lambda line: print(line, file=sys.stderr, flush=True))
-    rows = runs.read_rows(a.out)
+        try:
+            left = runs.run_all(chosen, a.out, a.device, a.budget, _say, a.jobs, a.cuda_graphs)
+        except KeyboardInterrupt:
+            _say("interrupted; the same command goes on with the runs that were not over")
+            return 130
+    rows = runs.in_order(runs.read_rows(a.out))
     if "plot" in a.what:
         for path in report.draw(rows, a.out) if rows else ():
             print(path)

@@ -9,9 +9,13 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +25,12 @@ from gdn_ops.models import HybridConfig
 from perf.claims.models import ABLATIONS, FAMILY, SCALES, configure, count, state_size
 from perf.claims.tasks import Needle, Parity, Recall
 from perf.claims.text import Text
-from perf.claims.training import Diverged, OutOfTime, Reading, Recipe, Task, metric_of, read, train
+from perf.claims.training import Diverged, Reading, Recipe, Task, metric_of, read, train
+from perf.claims.workers import Failed, in_turn, side_by_side
 from perf.records import cpu_name
 
 FILE = "results.csv"
+BEGUN = "begun"
 COLUMNS = (
     "experiment", "size", "task", "model", "seed", "setting", "metric", "value", "parameters", "state", "loss", "steps",
     "seconds", "device", "torch", "time",
@@ -104,6 +110,7 @@ def runs_of(experiment: str, size: str, seeds: int) -> list[Run]:
     return sorted(found, key=lambda run: run.seed)
 
 
+SIZES = ("toy", "real")
 EXPERIMENTS = ("recall", "needle", "parity", "text", "ablations")
 
 
@@ -114,6 +121,15 @@ def read_rows(out: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def in_order(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """As :func:`runs_of` has the runs, whichever of them were over first; rows of a run stay as they are."""
+    place = {
+        run.key[:-1]: i
+        for i, run in enumerate(run for size in SIZES for name in EXPERIMENTS for run in runs_of(name, size, 1))
+    }
+    return sorted(rows, key=lambda row: place.get(tuple(row[c] for c in KEY[:-1]), len(place)))
 
 
 def _append(out: Path, rows: list[dict[str, Any]]) -> None:
@@ -129,36 +145,64 @@ def _append(out: Path, rows: list[dict[str, Any]]) -> None:
     os.replace(temporary, out / FILE)
 
 
-def run_all(runs: Sequence[Run], out: Path, device: str, budget: float, report: Callable[[str], None]) -> int:
-    """Does the runs that ``out`` lacks, within ``budget`` minutes; returns how many are left."""
+def rows_of(
+    run: Run, deadline: float, say: Callable[[str], None], *, device: str, graphs: bool, begun: Path
+) -> list[dict[str, Any]]:
+    """Trains and reads: the run's rows. ``begun`` is the folder of runs that the time ended.
+
+    Raises:
+        OutOfTime: ``deadline`` passed in training.
+    """
+    start, config = time.monotonic(), run.config()
+    file = begun / f"{re.sub(r'[^a-z0-9]+', '-', ' '.join(run.key))}.pt"
+    try:
+        model, loss = train(config, run.task, run.recipe, run.seed, device, deadline, say, graphs=graphs, begun=file)
+    except Diverged as error:
+        say(str(error))
+        loss, readings = math.nan, [Reading(x, metric_of(run.task), math.nan) for x in run.task.settings]
+    else:
+        readings = read(model, run.task, run.recipe, device)
+    say("  ".join(f"{x.metric} at {x.setting}: {x.value:.4g}" for x in readings))
+    fixed = dict(zip(KEY, run.key)) | {
+        "parameters": count(config), "state": state_size(config), "loss": f"{loss:.6g}",
+        "steps": run.recipe.steps, "seconds": f"{time.monotonic() - start:.1f}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "torch": torch.__version__, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+    return [fixed | {"setting": x.setting, "metric": x.metric, "value": f"{x.value:.6g}"} for x in readings]
+
+
+def run_all(
+    runs: Sequence[Run], out: Path, device: str, budget: float, report: Callable[[str], None], jobs: int = 1,
+    graphs: bool = True,
+) -> int:  # fmt: skip
+    """Does the runs that ``out`` lacks, ``jobs`` at a time, within ``budget`` minutes; returns how many are left."""
     done = {tuple(row[c] for c in KEY) for row in read_rows(out)}
-    waiting = [run for run in runs if run.key not in done]
-    deadline, where = time.monotonic() + 60 * budget, cpu_name()
-    if device == "cuda":
-        where = torch.cuda.get_device_name()
-    report(f"{len(runs)} runs, {len(runs) - len(waiting)} of them already in {out / FILE}")
-    for i, run in enumerate(waiting):
-        name, start = f"[{i + 1}/{len(waiting)}] {' '.join(run.key)}", time.monotonic()
-        config = run.config()
+    missing = [run for run in runs if run.key not in done]
+    names = {run.key: f"[{i}/{len(missing)}] {' '.join(run.key)}" for i, run in enumerate(missing, 1)}
+    waiting, deadline = deque(missing), time.monotonic() + 60 * budget
+    report(f"{len(runs)} runs, {len(runs) - len(missing)} of them already in {out / FILE}")
 
-        def say(line: str, name: str = name) -> None:
-            report(f"{name}: {line}")
+    def take() -> Run | None:
+        return waiting.popleft() if waiting and time.monotonic() < deadline else None
 
-        try:
-            model, loss = train(config, run.task, run.recipe, run.seed, device, deadline, say)
-        except OutOfTime:
-            report(f"{len(waiting) - i} runs left: the budget of {budget:g} minutes is over; the same command goes on")
-            return len(waiting) - i
-        except Diverged as error:
-            say(str(error))
-            loss, readings = math.nan, [Reading(x, metric_of(run.task), math.nan) for x in run.task.settings]
-        else:
-            readings = read(model, run.task, run.recipe, device)
-        say("  ".join(f"{x.metric} at {x.setting}: {x.value:.4g}" for x in readings))
-        fixed = dict(zip(KEY, run.key)) | {
-            "parameters": count(config), "state": state_size(config), "loss": f"{loss:.6g}",
-            "steps": run.recipe.steps, "seconds": f"{time.monotonic() - start:.1f}", "device": where,
-            "torch": torch.__version__, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }  # fmt: skip
-        _append(out, [fixed | {"setting": x.setting, "metric": x.metric, "value": f"{x.value:.6g}"} for x in readings])
-    return 0
+    def say(run: Run, line: str) -> None:
+        report(f"{names[run.key]}: {line}")
+
+    work = partial(rows_of, device=device, graphs=graphs, begun=out / BEGUN)
+    outcomes = in_turn(take, work, deadline, say) if jobs == 1 else side_by_side(take, work, deadline, say, jobs)
+    added = failed = 0
+    with closing(outcomes):
+        for run, outcome in outcomes:
+            if isinstance(outcome, Failed):
+                failed += 1
+                say(run, f"failed: {outcome.reason}")
+            else:
+                added += 1
+                _append(out, outcome)
+    late = len(missing) - added - failed
+    if late:
+        report(f"{late} runs left: the budget of {budget:g} minutes is over; the same command goes on")
+    if failed:
+        report(f"{failed} runs failed, for the reasons above; the same command tries them again")
+    return late + failed

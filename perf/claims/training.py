@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gdn_ops.models import HybridConfig, HybridLM
+from perf.claims.step import Step, autocast, own_stream
 from perf.claims.tasks import IGNORED, Needle, Parity, Recall
 from perf.claims.text import Text, perplexity
+from perf.claims.workers import OutOfTime
 
 Task = Recall | Needle | Parity | Text
 EVALUATION_SEED = 1_000_003
-
-
-class OutOfTime(Exception):
-    """The budget ended in the middle of a run, which leaves nothing."""
 
 
 class Diverged(Exception):
@@ -47,14 +48,6 @@ class Reading:
     value: float
 
 
-def _autocast(device: str):
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
-
-
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
-
-
 def _rate(recipe: Recipe, step: int) -> float:
     """Linear up over ``warmup`` of the steps, then a cosine to a tenth."""
     warm = max(1, int(recipe.warmup * recipe.steps))
@@ -66,9 +59,12 @@ def _rate(recipe: Recipe, step: int) -> float:
 
 def train(
     config: HybridConfig, task: Task, recipe: Recipe, seed: int, device: str, deadline: float,
-    report: Callable[[str], None],
+    report: Callable[[str], None], graphs: bool = True, begun: Path | None = None,
 ) -> tuple[HybridLM, float]:  # fmt: skip
     """The trained model and its last loss (the mean of the last twentieth of the steps).
+
+    ``begun`` is a file: what is written there when the time is over, and where a later call with the same arguments
+    goes on. ``graphs``: one CUDA graph a step; see :class:`~perf.claims.step.Step`.
 
     Raises:
         OutOfTime: ``deadline`` (seconds of ``time.monotonic``) passed.
@@ -76,38 +72,48 @@ def train(
     """
     torch.manual_seed(seed)
     model = HybridLM(config).to(device).train()
-    groups = model.parameter_groups(recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=device == "cuda")
-
-    def loss_of(ids: Tensor, targets: Tensor) -> Tensor:
-        return _loss(model(ids).logits, targets)
-
-    # Every run's function has the same code, and Dynamo keeps a few compilations of a code at most.
-    torch._dynamo.reset()
-    # Parity draws its lengths anew; one graph takes them all.
-    run = torch.compile(loss_of, fullgraph=True, dynamic=isinstance(task, Parity)) if device == "cuda" else loss_of
-    last, spoke = [], time.monotonic()
-    for step in range(recipe.steps):
-        if time.monotonic() > deadline:
-            raise OutOfTime
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(recipe, step)
-        batch = task.batch(seed, step, recipe.batch_size)
-        with _autocast(device):
-            loss = run(batch.ids.to(device), batch.targets.to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step >= recipe.steps - max(1, recipe.steps // 20):
-            last.append(loss.detach())
-        if time.monotonic() - spoke > 10 or step + 1 == recipe.steps:
-            spoke = time.monotonic()
-            report(f"step {step + 1}/{recipe.steps}  loss {loss.item():.4f}")
-    value = torch.stack(last).mean().item()
+    what = repr((config, task, recipe, seed))
+    with own_stream(device):
+        shape = (recipe.batch_size, task.length)
+        step = Step(model, recipe.lr, recipe.weight_decay, recipe.clip, shape, device, graphs)
+        first, last = _resume(step, begun, what, device)
+        spoke = time.monotonic()
+        for i in range(first, recipe.steps):
+            if time.monotonic() > deadline:
+                if begun is not None:
+                    _keep(begun, {"what": what, "steps": i, "last": last, **step.state_dict()})
+                raise OutOfTime
+            loss = step(task.batch(seed, i, recipe.batch_size), _rate(recipe, i))
+            if i >= recipe.steps - max(1, recipe.steps // 20):
+                last.append(loss.clone())
+            if time.monotonic() - spoke > 10 or i + 1 == recipe.steps:
+                spoke = time.monotonic()
+                report(f"step {i + 1}/{recipe.steps}  loss {loss.item():.4f}")
+        value = torch.stack(last).mean().item()
+    if begun is not None:
+        begun.unlink(missing_ok=True)
     if not math.isfinite(value):
         raise Diverged(f"the loss is {value} after {recipe.steps} steps")
     return model.eval(), value
+
+
+def _resume(step: Step, begun: Path | None, what: str, device: str) -> tuple[int, list[Tensor]]:
+    """The first step that is to be done and the last losses so far; ``step`` as it was left, if it was begun."""
+    if begun is None or not begun.exists():
+        return 0, []
+    state = torch.load(begun, map_location=device, weights_only=True)
+    if state["what"] != what:
+        return 0, []
+    step.load_state_dict(state)
+    return state["steps"], state["last"]
+
+
+def _keep(path: Path, state: dict[str, Any]) -> None:
+    """A new file in an old one's place, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
 
 
 @torch.no_grad()
@@ -120,7 +126,7 @@ def read(model: HybridLM, task: Task, recipe: Recipe, device: str) -> list[Readi
         right = total = 0
         for i in range(recipe.eval_batches):
             batch = task.batch(EVALUATION_SEED, i, recipe.batch_size, setting)
-            with _autocast(device):
+            with autocast(device):
                 guess = model(batch.ids.to(device)).logits.argmax(-1).cpu()
             scored = batch.targets != IGNORED
             hits = (guess == batch.targets)[scored].view(-1, batch.answers).all(1)
@@ -138,7 +144,7 @@ def _perplexities(model: HybridLM, task: Text, recipe: Recipe, device: str) -> l
     longest, sums = task.settings[-1], torch.zeros(task.settings[-1], dtype=torch.float64)
     batch = task.batch(0, 0, recipe.eval_batches, longest)
     for ids, targets in zip(batch.ids, batch.targets):
-        with _autocast(device):
+        with autocast(device):
             logits = model(ids[None].to(device)).logits[0]
         sums += F.cross_entropy(logits.float(), targets.to(device), reduction="none").double().cpu()
     nats = sums / recipe.eval_batches

@@ -157,10 +157,10 @@ def test_a_run_resumes_reports_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs, "_parity", lambda size: (Parity(8, (8, 16)), Recipe(3, 2, 1e-3, 1)))
     trained, calls = runs.train, itertools.count()
 
-    def twice(*args):
+    def twice(*args, **kwargs):
         if next(calls) == 2:
             raise OutOfTime
-        return trained(*args)
+        return trained(*args, **kwargs)
 
     monkeypatch.setattr(runs, "train", twice)
     assert main(arguments) == 1
@@ -176,7 +176,7 @@ def test_a_run_resumes_reports_and_draws(tmp_path, capsys, monkeypatch):
     assert main(["plot", "table", *arguments]) == 0
     said = capsys.readouterr()
     assert "5 runs, 5 of them already in" in said.err and "| gdn, negative eigenvalues |" in said.out
-    assert (tmp_path / "parity-parity-toy.png").stat().st_size > 5000
+    assert (tmp_path / "parity-toy.png").stat().st_size > 5000
     assert runs.read_rows(tmp_path) == rows
 
 
@@ -199,15 +199,36 @@ def test_the_table_has_means_and_deviations():
     }  # fmt: skip
     rows = [row | {"seed": str(s), "setting": "8", "value": v} for s, v in enumerate(("0.5", "0.7"))]
     text = report.table([*rows, rows[1] | {"value": "0.9"}])
-    assert "recall: recall, accuracy (real; GPU)" in text
-    assert "| gdn | 1,000 | 50 | 2 | 0.7 ± 0.28 |" in text
+    assert "recall, accuracy by number of keys (real; GPU)" in text
+    assert "| gdn | 1,000 | 50 | 2 | 0.700 ± 0.283 |" in text
     assert report.table([]) == "no results\n"
+    text = report.table([*rows, row | {"seed": "2", "setting": "8", "value": "nan", "device": "Other"}])
+    assert "(real; GPU, Other)" in text and "| gdn | 1,000 | 50 | 3 | 0.600 ± 0.141 (1 diverged) |" in text
+
+
+def test_tables_have_the_order_of_runs_and_a_plot_has_a_panel_a_task(tmp_path):
+    """Whatever was over first, seeds that diverged and models that a task lacks so far."""
+    rows = [
+        dict(zip(runs.KEY, run.key)) | {
+            "setting": str(setting), "metric": "x", "value": value, "parameters": "1", "state": "1", "device": "GPU",
+        }
+        for name in ("needle", "ablations")
+        for run in runs.runs_of(name, "toy", 2)
+        for setting, value in zip(run.task.settings, ("0.5", "nan" if run.seed else "inf"))
+    ]  # fmt: skip
+    shuffled = np.random.default_rng(0).permutation(rows[1:]).tolist()
+    ordered = runs.in_order(shuffled)
+    models = [list(tables) for tables in report.cells_of(ordered).values()]
+    assert models[:3] == [[*runs.SUBQUADRATIC]] * 3 and models[3:] == [[*ABLATIONS]] * 2
+    assert [path.name for path in report.draw(ordered, tmp_path)] == ["needle-toy.png", "ablations-toy.png"]
+    assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["recall", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["recall", "--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (["recall", "--budget", "0"], "--budget: expected more than 0 minutes, got 0"),
         (["nothing"], "invalid choice"),
     ],
