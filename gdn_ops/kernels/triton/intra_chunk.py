@@ -55,7 +55,7 @@ def _high(x):
 
 
 @triton.jit
-def _product(a, b, LOW: tl.constexpr, PRECISION: tl.constexpr):
+def product(a, b, LOW: tl.constexpr, PRECISION: tl.constexpr):
     """``a b`` in fp32; with ``LOW``, bfloat16, by three products of two terms each, which is good to 2^-16."""
     if LOW is None:
         ab = tl.dot(a, b, input_precision=PRECISION)
@@ -116,8 +116,8 @@ def _invert_16(work, A, first: tl.constexpr, LOW: tl.constexpr, PRECISION: tl.co
     j = tl.arange(0, 16)[None, :]
     eight = i // 8 == j // 8
     inverse = tl.load(work + (first + i // 8) * 64 + j % 8 * 8 + i % 8, mask=eight, other=0.0)
-    x = _product(tl.where(eight, 0.0, A), inverse, LOW, PRECISION)
-    return inverse - _product(inverse, x, LOW, PRECISION)
+    x = product(tl.where(eight, 0.0, A), inverse, LOW, PRECISION)
+    return inverse - product(inverse, x, LOW, PRECISION)
 
 
 @triton.jit
@@ -368,33 +368,33 @@ def invert_kernel(
     i11 = _invert_16(work, a11, 2, LOW, PRECISION)
     _store_both(scaled, rest, inverse, alike, i11, rate1, 1, 1, C)
     a10 = _block(kk10, beta1, c1, c0)
-    i10 = -_product(i11, _product(a10, i00, LOW, PRECISION), LOW, PRECISION)
+    i10 = -product(i11, product(a10, i00, LOW, PRECISION), LOW, PRECISION)
     _store_both(scaled, rest, inverse, alike, i10, rate0, 1, 0, C)
     i22 = _invert_16(work, a22, 4, LOW, PRECISION)
     _store_both(scaled, rest, inverse, alike, i22, rate2, 2, 2, C)
     a21 = _block(kk21, beta2, c2, c1)
-    i21 = -_product(i22, _product(a21, i11, LOW, PRECISION), LOW, PRECISION)
+    i21 = -product(i22, product(a21, i11, LOW, PRECISION), LOW, PRECISION)
     _store_both(scaled, rest, inverse, alike, i21, rate1, 2, 1, C)
     a20 = _block(kk20, beta2, c2, c0)
-    x = _product(a20, i00, LOW, PRECISION)
-    x += _product(a21, i10, LOW, PRECISION)
-    i20 = -_product(i22, x, LOW, PRECISION)
+    x = product(a20, i00, LOW, PRECISION)
+    x += product(a21, i10, LOW, PRECISION)
+    i20 = -product(i22, x, LOW, PRECISION)
     _store_both(scaled, rest, inverse, alike, i20, rate0, 2, 0, C)
     i33 = _invert_16(work, a33, 6, LOW, PRECISION)
     _store_both(scaled, rest, inverse, alike, i33, rate3, 3, 3, C)
     a32 = _block(kk32, beta3, c3, c2)
-    i32 = -_product(i33, _product(a32, i22, LOW, PRECISION), LOW, PRECISION)
+    i32 = -product(i33, product(a32, i22, LOW, PRECISION), LOW, PRECISION)
     _store_both(scaled, rest, inverse, alike, i32, rate2, 3, 2, C)
     a31 = _block(kk31, beta3, c3, c1)
-    x = _product(a31, i11, LOW, PRECISION)
-    x += _product(a32, i21, LOW, PRECISION)
-    i31 = -_product(i33, x, LOW, PRECISION)
+    x = product(a31, i11, LOW, PRECISION)
+    x += product(a32, i21, LOW, PRECISION)
+    i31 = -product(i33, x, LOW, PRECISION)
     _store_both(scaled, rest, inverse, alike, i31, rate1, 3, 1, C)
     a30 = _block(kk30, beta3, c3, c0)
-    x = _product(a30, i00, LOW, PRECISION)
-    x += _product(a31, i10, LOW, PRECISION)
-    x += _product(a32, i20, LOW, PRECISION)
-    i30 = -_product(i33, x, LOW, PRECISION)
+    x = product(a30, i00, LOW, PRECISION)
+    x += product(a31, i10, LOW, PRECISION)
+    x += product(a32, i20, LOW, PRECISION)
+    i30 = -product(i33, x, LOW, PRECISION)
     _store_both(scaled, rest, inverse, alike, i30, rate0, 3, 0, C)
     if rest is not None:
         if alike:
@@ -496,6 +496,11 @@ def precision_of(x: Tensor) -> str:
     return "ieee" if exact or chip.backend == "hip" else "tf32x3"
 
 
+def low_of(x: Tensor):
+    """The dtype whose two-term products are accurate enough for fp32 operands that come from ``x``: see ``product``."""
+    return tl.bfloat16 if x.element_size() == 2 else None
+
+
 def strides_of(name: str, x: Tensor | None) -> dict[str, int]:
     """``stride_<name>_b``, ``_t`` and ``_h`` of ``x [B, T, H, ...]``; zeros for None."""
     return {f"stride_{name}_{axis}": 0 if x is None else x.stride(i) for i, axis in enumerate("bth")}
@@ -549,7 +554,7 @@ def intra_chunk(
         rest=rest, likeness=buffer(dtype=torch.float32) if low else None, work=buffer(8, dtype=torch.float32),
         inverse=x.inverse, T=T, **table.arguments(), **strides_of("k", k), **strides_of("g", g),
         **strides_of("beta", beta), H=H, HV=HV, K=K, BK=max(16, min(64, triton.next_power_of_2(K))), C=CHUNK,
-        SCALE=stretch, LOW=tl.bfloat16 if low else None, PRECISION=precision_of(q), num_warps=1 if low else 4,
+        SCALE=stretch, LOW=low_of(q), PRECISION=precision_of(q), num_warps=1 if low else 4,
         num_stages=2,
     )  # fmt: skip
     score(q, k, x.c_sum, x.P, table, scale / stretch, grown=x.grown_q)

@@ -27,7 +27,7 @@ from torch import Tensor
 from gdn_ops.kernels.batch_invariance import is_batch_invariant
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, segment_of
-from gdn_ops.kernels.triton.intra_chunk import IntraChunk, precision_of, strides_of
+from gdn_ops.kernels.triton.intra_chunk import IntraChunk, low_of, precision_of, product, strides_of
 from gdn_ops.kernels.triton.launch import launch
 
 # combine_kernel holds a [BK, BK] map in registers, and takes up to 96 KiB of shared memory at 128 columns; wider keys
@@ -61,6 +61,67 @@ def segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, ways: int = 
     chunks = triton.cdiv(T, CHUNK) if cu_seqlens is None else triton.cdiv(triton.cdiv(T, CHUNK), N)
     parts = min(parts, chunks // SHORTEST)
     return None if parts < FEWEST else triton.cdiv(chunks, parts)
+
+
+@triton.jit
+def _map_columns(
+    k,
+    v,
+    transition,
+    from_start,
+    to_end,
+    out,
+    columns,
+    length,
+    stride_k_t: tl.constexpr,
+    stride_v_t: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OF_KEY: tl.constexpr,
+):
+    """Columns of ``M [K, K]`` where ``OF_KEY``, and then no values are written, or of ``B [K, V]`` into ``out``."""
+    WIDTH: tl.constexpr = K if OF_KEY else V
+    rows = tl.arange(0, C)
+    in_k = tl.arange(0, BK)
+    mask_k = in_k < K
+    mask_v = columns < WIDTH
+    S_vk = tl.zeros([BV, BK], dtype=tl.float32)
+    if OF_KEY:
+        S_vk = tl.where(columns[:, None] == in_k[None, :], 1.0, 0.0)
+    whole = tl.load(from_start + C - 1, mask=length > 0, other=1.0)
+    for start in range(0, length, C):
+        next_whole = tl.load(from_start + HV * C + C - 1, mask=start + C < length, other=1.0)
+        real = rows < length - start
+        k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=real[:, None] & mask_k[None, :], other=0.0)
+        t_cc = tl.load(transition + rows[:, None] * C + rows[None, :])
+        grown_c = tl.load(from_start + rows)
+        decay_c = tl.load(to_end + rows)
+        S_low = S_vk.to(k_ck.dtype)  # before any product: docs/kernels.md, Traps
+        if OF_KEY:
+            stored_vc = tl.dot(S_low, tl.trans(k_ck), input_precision=PRECISION)
+            erased_vc = (stored_vc * -grown_c[None, :]).to(k_ck.dtype)
+            new_vc = tl.dot(erased_vc, tl.trans(t_cc), input_precision=PRECISION)
+        else:
+            mask_cv = real[:, None] & mask_v[None, :]
+            v_cv = tl.load(v + rows[:, None] * stride_v_t + columns[None, :], mask=mask_cv, other=0.0)
+            u_vc = tl.dot(tl.trans(v_cv), tl.trans(t_cc), input_precision=PRECISION)
+            stored_vc = tl.dot(S_low, tl.trans(k_ck), input_precision=PRECISION)
+            erased_vc = (stored_vc * -grown_c[None, :]).to(k_ck.dtype)
+            new_vc = tl.dot(erased_vc, tl.trans(t_cc), u_vc, input_precision=PRECISION)
+            v += C * stride_v_t
+        decayed_vc = (new_vc * decay_c[None, :]).to(k_ck.dtype)
+        S_vk = tl.dot(decayed_vc, k_ck, S_vk * whole, input_precision=PRECISION)
+        whole = next_whole
+        k += C * stride_k_t
+        transition += HV * C * C
+        from_start += HV * C
+        to_end += HV * C
+    tl.store(out + in_k[None, :] * WIDTH + columns[:, None], S_vk, mask=mask_k[None, :] & mask_v[:, None])
 
 
 @triton.jit
@@ -109,51 +170,27 @@ def map_kernel(
         if last:
             return
     tile = program % TILES
-    of_key = tile < NK
-    columns = tl.where(of_key, tile, tile - NK) * BV + tl.arange(0, BV)
-    rows = tl.arange(0, C)
-    in_k = tl.arange(0, BK)
-    mask_k = in_k < K
-    mask_v = columns < tl.where(of_key, 0, V)
-
     k += b * stride_k_b + begin * stride_k_t + hv // (HV // H) * stride_k_h
     v += b * stride_v_b + begin * stride_v_t + hv * stride_v_h
     here = (first_chunk * HV + hv) * C
     transition += here * C
     from_start += here
     to_end += here
-    S_vk = tl.where(of_key & (columns[:, None] == in_k[None, :]), 1.0, 0.0)
     length = (end - begin).to(tl.int32)
-    whole = tl.load(from_start + C - 1, mask=length > 0, other=1.0)
-    for start in range(0, length, C):
-        next_whole = tl.load(from_start + HV * C + C - 1, mask=start + C < length, other=1.0)
-        real = rows < length - start
-        mask_ck = real[:, None] & mask_k[None, :]
-        mask_cv = real[:, None] & mask_v[None, :]
-        k_ck = tl.load(k + rows[:, None] * stride_k_t + in_k[None, :], mask=mask_ck, other=0.0)
-        v_cv = tl.load(v + rows[:, None] * stride_v_t + columns[None, :], mask=mask_cv, other=0.0)
-        t_cc = tl.load(transition + rows[:, None] * C + rows[None, :])
-        grown_c = tl.load(from_start + rows)
-        decay_c = tl.load(to_end + rows)
-        S_low = S_vk.to(k_ck.dtype)  # before any product: docs/kernels.md, Traps
-        u_vc = tl.dot(tl.trans(v_cv), tl.trans(t_cc), input_precision=PRECISION)
-        stored_vc = tl.dot(S_low, tl.trans(k_ck), input_precision=PRECISION)
-        erased_vc = (stored_vc * -grown_c[None, :]).to(k_ck.dtype)
-        new_vc = tl.dot(erased_vc, tl.trans(t_cc), u_vc, input_precision=PRECISION)
-        decayed_vc = (new_vc * decay_c[None, :]).to(k_ck.dtype)
-        S_vk = tl.dot(decayed_vc, k_ck, S_vk * whole, input_precision=PRECISION)
-        whole = next_whole
-        k += C * stride_k_t
-        v += C * stride_v_t
-        transition += HV * C * C
-        from_start += HV * C
-        to_end += HV * C
-    if of_key:
-        M += (segment * HV + hv) * K * K
-        tl.store(M + in_k[None, :] * K + columns[:, None], S_vk, mask=mask_k[None, :] & (columns < K)[:, None])
+    if tile < NK:
+        out = M + (segment * HV + hv) * K * K
+        columns = tile * BV + tl.arange(0, BV)
+        _map_columns(
+            k, v, transition, from_start, to_end, out, columns, length, stride_k_t, stride_v_t, HV, K, V, BK, BV, C,
+            PRECISION, True,
+        )  # fmt: skip
     else:
-        B += (segment * HV + hv) * K * V
-        tl.store(B + in_k[None, :] * V + columns[:, None], S_vk, mask=mask_k[None, :] & mask_v[:, None])
+        out = B + (segment * HV + hv) * K * V
+        columns = (tile - NK) * BV + tl.arange(0, BV)
+        _map_columns(
+            k, v, transition, from_start, to_end, out, columns, length, stride_k_t, stride_v_t, HV, K, V, BK, BV, C,
+            PRECISION, False,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -173,6 +210,7 @@ def combine_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
+    LOW: tl.constexpr,
     PRECISION: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
@@ -204,17 +242,23 @@ def combine_kernel(
     segment = first
     if REVERSE:
         segment = first + parts - 1
-    for _ in range(0, parts - 1):
+    STEP: tl.constexpr = -1 if REVERSE else 1
+    # A segment ahead, or each product would wait for its map.
+    at = segment * HV + hv
+    m_kk = tl.load(M + at * K * K + offsets_kk, mask=mask_kk & (parts > 1), other=0.0)
+    b_kv = tl.load(B + at * K * V + offsets_kv, mask=mask_kv & (parts > 1), other=0.0)
+    for i in range(0, parts - 1):
+        tl.store(states + (segment * HV + hv) * K * V + offsets_kv, S_kv, mask=mask_kv)
+        segment += STEP
         at = segment * HV + hv
-        tl.store(states + at * K * V + offsets_kv, S_kv, mask=mask_kv)
-        m_kk = tl.load(M + at * K * K + offsets_kk, mask=mask_kk, other=0.0)
-        b_kv = tl.load(B + at * K * V + offsets_kv, mask=mask_kv, other=0.0)
+        more = i + 2 < parts
+        next_m_kk = tl.load(M + at * K * K + offsets_kk, mask=mask_kk & more, other=0.0)
+        next_b_kv = tl.load(B + at * K * V + offsets_kv, mask=mask_kv & more, other=0.0)
         if REVERSE:
             m_kk = tl.trans(m_kk)
-            segment -= 1
-        else:
-            segment += 1
-        S_kv = tl.dot(m_kk, S_kv, input_precision=PRECISION) + b_kv
+        S_kv = product(m_kk, S_kv, LOW, PRECISION) + b_kv
+        m_kk = next_m_kk
+        b_kv = next_b_kv
     if parts > 0:
         tl.store(states + (segment * HV + hv) * K * V + offsets_kv, S_kv, mask=mask_kv)
     else:
@@ -266,6 +310,6 @@ def combine(
     launch(combine_kernel)[(table.sequences * HV * triton.cdiv(V, BV),)](
         M=x.M, B=x.B, enter=enter, states=states, leave=leave, segment_offsets=table.segment_offsets,
         SEGMENT=table.segment, T=T, N=table.sequences, HV=HV, K=K, V=V, BK=BK, BV=BV, C=CHUNK,
-        PRECISION=precision_of(like), REVERSE=reverse, num_warps=8, num_stages=2,
+        LOW=low_of(like), PRECISION=precision_of(like), REVERSE=reverse, num_warps=8, num_stages=2,
     )  # fmt: skip
     return states
