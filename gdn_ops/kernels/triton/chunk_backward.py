@@ -62,7 +62,7 @@ def reverse_segment(
     grown_q,
     inverse,
     P,
-    beta,
+    erasing,
     from_start,
     to_end,
     do,
@@ -118,7 +118,7 @@ def reverse_segment(
     grown_q += here * C * K
     inverse += here * C * C
     P += here * C * C
-    beta += here * C
+    erasing += here * C
     from_start += here * C
     to_end += here * C
     if dstates is not None:
@@ -141,7 +141,7 @@ def reverse_segment(
         q_ck = tl.load(grown_q + rows[:, None] * K + in_k[None, :], mask=mask_k[None, :], other=0.0)
         decay_c = tl.load(to_end + rows)
         whole = tl.load(from_start + C - 1)
-        erasing_c = -tl.load(beta + rows) * tl.load(from_start + rows)
+        erasing_c = tl.load(erasing + rows)
         dS_low = dS_vk.to(k_ck.dtype)
         e_vc = tl.dot(tl.trans(do_cv), p_cc, input_precision=PRECISION)
         kept_vc = tl.dot(dS_low, tl.trans(k_ck), input_precision=PRECISION)
@@ -160,7 +160,7 @@ def reverse_segment(
         grown_q -= HV * C * K
         inverse -= HV * C * C
         P -= HV * C * C
-        beta -= HV * C
+        erasing -= HV * C
         from_start -= HV * C
         to_end -= HV * C
     if leave is not None:
@@ -177,7 +177,7 @@ def reverse_map_kernel(
     grown_q,
     inverse,
     P,
-    beta,
+    erasing,
     from_start,
     to_end,
     do,
@@ -205,7 +205,7 @@ def reverse_map_kernel(
 ):
     """``dS`` before each segment from zero after it: what the maps of ``segments.py`` need of the way back."""
     reverse_segment(
-        tl.program_id(0), k, grown_q, inverse, P, beta, from_start, to_end, do, None, leave, None, None, cu_seqlens,
+        tl.program_id(0), k, grown_q, inverse, P, erasing, from_start, to_end, do, None, leave, None, None, cu_seqlens,
         chunk_offsets, segment_offsets, SEGMENT, T, N, stride_k_b, stride_k_t, stride_k_h, stride_do_b, stride_do_t,
         stride_do_h, H, HV, K, V, BK, BV, C, PRECISION,
     )  # fmt: skip
@@ -220,7 +220,7 @@ def both_ways_kernel(
     transition,
     inverse,
     P,
-    beta,
+    erasing,
     from_start,
     to_end,
     before,
@@ -265,7 +265,7 @@ def both_ways_kernel(
         )  # fmt: skip
     else:
         reverse_segment(
-            program // 2, k, grown_q, inverse, P, beta, from_start, to_end, do, after, leave, dstates, X, cu_seqlens,
+            program // 2, k, grown_q, inverse, P, erasing, from_start, to_end, do, after, leave, dstates, X, cu_seqlens,
             chunk_offsets, segment_offsets, SEGMENT, T, N, stride_k_b, stride_k_t, stride_k_h, stride_do_b,
             stride_do_t, stride_do_h, H, HV, K, V, BK, BV, C, PRECISION,
         )  # fmt: skip
@@ -503,7 +503,8 @@ def reverse_maps(x: IntraChunk, do: Tensor, k: Tensor, table: ChunkTable, leave:
     HV, V = do.shape[2:]
     configuration = scan_configuration(k, K, V, table.heads(HV))
     launch(reverse_map_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
-        k=k, grown_q=x.grown_q, inverse=x.inverse, P=x.P, beta=x.beta, from_start=x.from_start, to_end=x.to_end, do=do,
+        k=k, grown_q=x.grown_q, inverse=x.inverse, P=x.P, erasing=x.erasing, from_start=x.from_start,
+        to_end=x.to_end, do=do,
         leave=leave, T=T, **table.segment_arguments(), **strides_of("k", k), **strides_of("do", do),
         H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(k), **configuration,
     )  # fmt: skip
@@ -519,7 +520,7 @@ def scan_both_ways(
     HV, V = do.shape[2:]
     configuration = scan_configuration(k, K, V, table.heads(HV, ways=2))
     launch(both_ways_kernel)[(2 * table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
-        k=k, v=v, do=do, grown_q=x.grown_q, transition=x.T, inverse=x.inverse, P=x.P, beta=x.beta,
+        k=k, v=v, do=do, grown_q=x.grown_q, transition=x.T, inverse=x.inverse, P=x.P, erasing=x.erasing,
         from_start=x.from_start, to_end=x.to_end, before=before, after=after, leave=leave, states=states,
         written=written, dstates=dstates, X=X, T=T, **table.segment_arguments(),
         **strides_of("k", k), **strides_of("v", v), **strides_of("do", do),

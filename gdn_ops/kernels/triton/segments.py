@@ -27,7 +27,7 @@ from torch import Tensor
 from gdn_ops.kernels.batch_invariance import is_batch_invariant
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, segment_of
-from gdn_ops.kernels.triton.intra_chunk import IntraChunk, low_of, precision_of, product, strides_of
+from gdn_ops.kernels.triton.intra_chunk import IntraChunk, high, low_of, precision_of, strides_of
 from gdn_ops.kernels.triton.launch import launch
 
 # combine_kernel holds a [BK, BK] map in registers, and takes up to 96 KiB of shared memory at 128 columns; wider keys
@@ -81,10 +81,12 @@ def _map_columns(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
+    LOW: tl.constexpr,
     PRECISION: tl.constexpr,
     OF_KEY: tl.constexpr,
 ):
-    """Columns of ``M [K, K]`` where ``OF_KEY``, and then no values are written, or of ``B [K, V]`` into ``out``."""
+    """Columns of ``M [K, K]`` where ``OF_KEY``, and then no values are written, or of ``B [K, V]`` into ``out``. With
+    ``LOW``, ``M`` is ``[2, K, K]``: two terms (``intra_chunk._product``)."""
     WIDTH: tl.constexpr = K if OF_KEY else V
     rows = tl.arange(0, C)
     in_k = tl.arange(0, BK)
@@ -93,6 +95,8 @@ def _map_columns(
     S_vk = tl.zeros([BV, BK], dtype=tl.float32)
     if OF_KEY:
         S_vk = tl.where(columns[:, None] == in_k[None, :], 1.0, 0.0)
+    at = in_k[None, :] * WIDTH + columns[:, None]
+    mask = mask_k[None, :] & mask_v[:, None]
     whole = tl.load(from_start + C - 1, mask=length > 0, other=1.0)
     for start in range(0, length, C):
         next_whole = tl.load(from_start + HV * C + C - 1, mask=start + C < length, other=1.0)
@@ -121,7 +125,13 @@ def _map_columns(
         transition += HV * C * C
         from_start += HV * C
         to_end += HV * C
-    tl.store(out + in_k[None, :] * WIDTH + columns[:, None], S_vk, mask=mask_k[None, :] & mask_v[:, None])
+    TERMS: tl.constexpr = 2 if OF_KEY and LOW is not None else 1
+    if TERMS == 2:
+        M0_vk = high(S_vk)
+        tl.store(out + at, M0_vk.to(LOW), mask=mask)
+        tl.store(out + K * K + at, (S_vk - M0_vk).to(LOW), mask=mask)
+    else:
+        tl.store(out + at, S_vk, mask=mask)
 
 
 @triton.jit
@@ -152,6 +162,7 @@ def map_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
+    LOW: tl.constexpr,
     PRECISION: tl.constexpr,
     LAST: tl.constexpr,
 ):
@@ -177,19 +188,18 @@ def map_kernel(
     from_start += here
     to_end += here
     length = (end - begin).to(tl.int32)
+    columns = tl.where(tile < NK, tile, tile - NK) * BV + tl.arange(0, BV)
     if tile < NK:
-        out = M + (segment * HV + hv) * K * K
-        columns = tile * BV + tl.arange(0, BV)
+        m_at = M + (segment * HV + hv) * K * K * (1 if LOW is None else 2)
         _map_columns(
-            k, v, transition, from_start, to_end, out, columns, length, stride_k_t, stride_v_t, HV, K, V, BK, BV, C,
-            PRECISION, True,
+            k, v, transition, from_start, to_end, m_at, columns, length, stride_k_t, stride_v_t, HV, K, V, BK, BV, C,
+            LOW, PRECISION, True,
         )  # fmt: skip
     else:
-        out = B + (segment * HV + hv) * K * V
-        columns = (tile - NK) * BV + tl.arange(0, BV)
+        b_at = B + (segment * HV + hv) * K * V
         _map_columns(
-            k, v, transition, from_start, to_end, out, columns, length, stride_k_t, stride_v_t, HV, K, V, BK, BV, C,
-            PRECISION, False,
+            k, v, transition, from_start, to_end, b_at, columns, length, stride_k_t, stride_v_t, HV, K, V, BK, BV, C,
+            LOW, PRECISION, False,
         )  # fmt: skip
 
 
@@ -242,23 +252,24 @@ def combine_kernel(
     segment = first
     if REVERSE:
         segment = first + parts - 1
-    STEP: tl.constexpr = -1 if REVERSE else 1
-    # A segment ahead, or each product would wait for its map.
-    at = segment * HV + hv
-    m_kk = tl.load(M + at * K * K + offsets_kk, mask=mask_kk & (parts > 1), other=0.0)
-    b_kv = tl.load(B + at * K * V + offsets_kv, mask=mask_kv & (parts > 1), other=0.0)
-    for i in range(0, parts - 1):
-        tl.store(states + (segment * HV + hv) * K * V + offsets_kv, S_kv, mask=mask_kv)
-        segment += STEP
+    for _ in range(0, parts - 1):
         at = segment * HV + hv
-        more = i + 2 < parts
-        next_m_kk = tl.load(M + at * K * K + offsets_kk, mask=mask_kk & more, other=0.0)
-        next_b_kv = tl.load(B + at * K * V + offsets_kv, mask=mask_kv & more, other=0.0)
-        if REVERSE:
-            m_kk = tl.trans(m_kk)
-        S_kv = product(m_kk, S_kv, LOW, PRECISION) + b_kv
-        m_kk = next_m_kk
-        b_kv = next_b_kv
+        tl.store(states + at * K * V + offsets_kv, S_kv, mask=mask_kv)
+        b_kv = tl.load(B + at * K * V + offsets_kv, mask=mask_kv, other=0.0)
+        if LOW is None:
+            m_kk = tl.load(M + at * K * K + offsets_kk, mask=mask_kk, other=0.0)
+            m_kk = tl.trans(m_kk) if REVERSE else m_kk
+            S_kv = tl.dot(m_kk, S_kv, input_precision=PRECISION) + b_kv
+        else:
+            m0_kk = tl.load(M + 2 * at * K * K + offsets_kk, mask=mask_kk, other=0.0)
+            m1_kk = tl.load(M + (2 * at + 1) * K * K + offsets_kk, mask=mask_kk, other=0.0)
+            m0_kk = tl.trans(m0_kk) if REVERSE else m0_kk
+            m1_kk = tl.trans(m1_kk) if REVERSE else m1_kk
+            S0_kv = high(S_kv)
+            S1_kv = (S_kv - S0_kv).to(LOW)
+            S0_kv = S0_kv.to(LOW)
+            S_kv = tl.dot(m0_kk, S0_kv, tl.dot(m0_kk, S1_kv, tl.dot(m1_kk, S0_kv))) + b_kv
+        segment += -1 if REVERSE else 1
     if parts > 0:
         tl.store(states + (segment * HV + hv) * K * V + offsets_kv, S_kv, mask=mask_kv)
     else:
@@ -267,7 +278,8 @@ def combine_kernel(
 
 
 class Maps(NamedTuple):
-    """``M [segments, HV, K, K]`` and ``B [segments, HV, K, V]``, fp32."""
+    """``M [segments, HV, 1, K, K]`` in fp32, or for 16-bit inputs two terms of it in bfloat16 (``[.., 2, K, K]``);
+    ``B [segments, HV, K, V]`` in fp32."""
 
     M: Tensor
     B: Tensor
@@ -285,16 +297,27 @@ def maps(x: IntraChunk, k: Tensor, v: Tensor, table: ChunkTable, last: bool) -> 
     """The maps of all segments; without ``last``, those of each sequence's last segment are left unwritten."""
     T, H, K = k.shape[1:]
     HV, V = v.shape[2:]
-    M = torch.empty((table.segments, HV, K, K), dtype=torch.float32, device=k.device)
+    low = low_of(k)
+    terms, dtype = (1, torch.float32) if low is None else (2, torch.bfloat16)
+    M = torch.empty((table.segments, HV, terms, K, K), dtype=dtype, device=k.device)
     B = torch.empty((table.segments, HV, K, V), dtype=torch.float32, device=k.device)
     configuration = map_configuration(k, K)
     BV = configuration["BV"]
     launch(map_kernel)[(table.segments * HV * (triton.cdiv(K, BV) + triton.cdiv(V, BV)),)](
         k=k, v=v, transition=x.T, from_start=x.from_start, to_end=x.to_end, M=M, B=B, T=T,
         **strides_of("k", k), **strides_of("v", v), H=H, HV=HV, K=K, V=V, C=CHUNK,
-        PRECISION=precision_of(k), LAST=last, **table.segment_arguments(), **configuration,
+        LOW=low, PRECISION=precision_of(k), LAST=last, **table.segment_arguments(), **configuration,
     )  # fmt: skip
     return Maps(M, B)
+
+
+def combine_configuration(x: Tensor, K: int, V: int, sequences: int | None) -> dict[str, int]:
+    """``sequences`` (of a head each; None: unknown) have their columns on twice as many programs while these fit. Maps
+    of three segments, 192 KiB of 16-bit terms, hide their latency."""
+    chip, low = chip_of(x), x.element_size() == 2
+    widest = 16 if low and sequences is not None and sequences * triton.cdiv(V, 16) <= chip.multiprocessors else 32
+    BK, BV = max(16, triton.next_power_of_2(K)), min(widest, max(16, triton.next_power_of_2(V)))
+    return {"BK": BK, "BV": BV, "num_warps": 8, "num_stages": 3 if low and chip.large else 2}
 
 
 def combine(
@@ -306,10 +329,11 @@ def combine(
     """
     HV, K, V = x.B.shape[1:]
     states = torch.empty_like(x.B)
-    BK, BV = max(16, triton.next_power_of_2(K)), min(32, max(16, triton.next_power_of_2(V)))
-    launch(combine_kernel)[(table.sequences * HV * triton.cdiv(V, BV),)](
+    known = isinstance(table.sequences, int)
+    configuration = combine_configuration(like, K, V, table.sequences * HV if known else None)
+    launch(combine_kernel)[(table.sequences * HV * triton.cdiv(V, configuration["BV"]),)](
         M=x.M, B=x.B, enter=enter, states=states, leave=leave, segment_offsets=table.segment_offsets,
-        SEGMENT=table.segment, T=T, N=table.sequences, HV=HV, K=K, V=V, BK=BK, BV=BV, C=CHUNK,
-        LOW=low_of(like), PRECISION=precision_of(like), REVERSE=reverse, num_warps=8, num_stages=2,
+        SEGMENT=table.segment, T=T, N=table.sequences, HV=HV, K=K, V=V, C=CHUNK,
+        LOW=low_of(like), PRECISION=precision_of(like), REVERSE=reverse, **configuration,
     )  # fmt: skip
     return states
