@@ -12,7 +12,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 from gdn_ops.export import manifest as manifests
 from gdn_ops.export import onnx_graph
 from gdn_ops.export.onnx_branches import join
@@ -32,7 +31,6 @@ class _Parts(nn.Module):
     def __init__(self, model: nn.Module, kinds: list[int]) -> None:
         super().__init__()
         self.model, self.kinds = model, kinds
-        self.eval()
 
     def forward(
         self, input_ids: Tensor, streams: dict[str, Tensor], states: dict[str, dict[str, Tensor]], position: Tensor
@@ -47,8 +45,7 @@ class _Parts(nn.Module):
                 own = {name: own[name] for name in model.layers[index].mixer.state_names}
                 y, new = model.layers[index](x, state=own)
                 part[f"layers.{index}"] = {"x": y} | {name: z for name, z in new.items() if name != "position"}
-            y = model.norm(x)
-            logits = F.linear(y, model.embedding.weight) if model.lm_head is None else model.lm_head(y)
+            logits = model._logits(model.norm(x))
             part[HEAD] = {
                 "logits": logits.expand(-1, T, -1) if step else logits,
                 "position": position + (1 if step else T),
@@ -72,18 +69,26 @@ def kinds(layers: nn.ModuleList) -> list[int]:
     return [next(j for j, other in enumerate(layers) if _alike(layer, other)) for layer in layers]
 
 
-def _alike(a: Any, b: Any) -> bool:
+def _alike(a: nn.Module | None, b: nn.Module | None) -> bool:
     if a is b:
         return True
-    if type(a) is not type(b):
+    if type(a) is not type(b) or vars(a).keys() != vars(b).keys() or a._modules.keys() != b._modules.keys():
         return False
-    if isinstance(a, nn.Module):
-        return _alike(vars(a), vars(b))
-    if torch.is_tensor(a):
-        return (a.shape, a.dtype) == (b.shape, b.dtype)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
-    return bool(a == b)
+    weights = [{name: x if x is None else (x.shape, x.dtype) for name, x in _own_tensors(m).items()} for m in (a, b)]
+    plain = vars(a).keys() - {"_parameters", "_buffers", "_modules"}
+    same = weights[0] == weights[1] and all(_equal(vars(a)[name], vars(b)[name]) for name in plain)
+    return same and all(_alike(x, y) for x, y in zip(a._modules.values(), b._modules.values()))
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor | None]:
+    return {**module._parameters, **module._buffers}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return a is b or (type(a) is type(b) and bool(a == b))
+    except (RuntimeError, ValueError):  # tensors and arrays, which the trace would hold as constants
+        return False
 
 
 class _Traced:

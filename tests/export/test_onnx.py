@@ -280,6 +280,7 @@ def test_a_layer_of_another_kind_is_traced_itself(tmp_path):
     model.layers[2].mixer.o_proj.weight = model.layers[0].mixer.o_proj.weight
     result = export_onnx(model, tmp_path / "out", "portable")
     assert result.report["nodes"]["bodies"] == {"gdn_ops::CausalConv1d": 4, "gdn_ops::GatedDeltaRule": 4}
+    assert all(module.training for module in model.modules()), "the model is not as it was"
 
 
 def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
