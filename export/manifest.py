@@ -124,10 +124,10 @@ def _initial_state(model: torch.nn.Module) -> dict[str, float]:
     """The constant each state starts from."""
     fills = {}
     for name, tensor in flatten_state(model.init_state(1)).items():
-        values = tensor.unique()
-        if values.numel() > 1:
-            raise ValueError(f"init_state: expected {name} to start from one constant, got {values.numel()} values")
-        fills[name] = values.item() if values.numel() else 0
+        low, high = (x.item() for x in tensor.aminmax()) if tensor.numel() else (0, 0)
+        if low != high:
+            raise ValueError(f"init_state: expected {name} to start from one constant, got {low} to {high}")
+        fills[name] = low
     return fills
 
 

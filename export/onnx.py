@@ -28,31 +28,22 @@ An export is a folder: ``model.onnx``, ``model.onnx.data`` (the weights, if they
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from gdn_ops.export import manifest as manifests
-from gdn_ops.export import onnx_proof, parity
+from gdn_ops.export import onnx_graph, onnx_proof, parity
 from gdn_ops.export.destination import check_destination, replacing
 from gdn_ops.export.program import Plan, device_of, export_plan, inference, plan
-from gdn_ops.lowering.onnx import TARGETS, lower, translating
-from gdn_ops.lowering.onnx.stamps import raise_opset
+from gdn_ops.lowering.onnx import TARGETS, lower
 from gdn_ops.lowering.onnx.targets import Lowered
-from gdn_ops.lowering.onnx.translation import unsupported_operators
 from torch import nn
 from torch.export import ExportedProgram
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-FILE, DATA, TRACED_OPSET = "model.onnx", "model.onnx.data", 18
+FILE, DATA = "model.onnx", "model.onnx.data"
 # A file of more than 2 GiB is no valid protobuf; far below that, weights of their own are still handier.
 LARGE = 64 * 2**20
 
@@ -131,7 +122,7 @@ class Graph(NamedTuple):
     """A file of one program that is valid, and not yet proved; ``entry`` describes it in the manifest."""
 
     name: str
-    program: ExportedProgram
+    program: ExportedProgram | None  # None for a language model, which is put together from several
     entry: dict[str, Any]
     lowered: Lowered
     path: Path
@@ -142,13 +133,14 @@ def write_graph(plans: dict[str, Plan], target: str, folder: Path) -> Graph:
     import onnx_ir as ir
 
     name, item = next(iter(plans.items()))
-    program = export_plan(item)
-    entry = manifests.describe_program(item, program)
-    graph = _translate(name, item, program, entry, target)
     if "step" in plans:
-        step = export_plan(plans["step"])
-        described = manifests.describe_program(plans["step"], step)
-        graph = _join(graph, _translate("step", plans["step"], step, described, target))
+        from gdn_ops.export.onnx_layers import language_model
+
+        program, (graph, entry) = None, language_model(item, target)
+    else:
+        program = export_plan(item)
+        graph, entry = onnx_graph.module(name, item, program, target)
+    onnx_graph.transpose_weights(graph)
     for bounds in entry["dynamic"].values():
         bounds["min"] = max(bounds["min"], 1)  # runtimes do not loop over nothing
     lowered = lower(graph, target)
@@ -194,107 +186,3 @@ def _version() -> str:
     import gdn_ops
 
     return gdn_ops.__version__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not installed and on torch's own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _translate(name: str, item: Plan, program: ExportedProgram, entry: dict[str, Any], target: str) -> ir.Model:
-    """The program in ONNX, each operator of this package one node of the domain ``gdn_ops``, names the manifest's."""
-    reasons = unsupported_operators(entry["operators"])
-    if reasons:
-        listed = "; ".join(f"{operator}: {reason}" for operator, reason in reasons.items())
-        raise ValueError(f"model: program {name!r} cannot go into an ONNX file: {listed}")
-    with translating() as table, _quiet(), torch.no_grad():
-        try:
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=TRACED_OPSET,
-                custom_translation_table=table,
-                optimize=False,
-                verbose=False,
-            )
-        except torch.onnx.errors.OnnxExporterError as error:
-            cause = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            raise ValueError(f"model: torch.onnx.export: {cause}") from error
-    model = exported.model
-    if model.opset_imports.get("") != TRACED_OPSET:
-        raise RuntimeError(f"torch.onnx.export: expected opset {TRACED_OPSET}, got {dict(model.opset_imports)}")
-    _simplify(model)
-    if target == "onnx27":
-        raise_opset(model, 27)
-    _name(model, item, program, entry)
-    return model
-
-
-def _simplify(model: ir.Model) -> None:
-    """What the exporter's ``optimize`` does, to a graph that is small already: its patterns take a time that grows with
-    the square of the nodes, of which two thirds are constants and repetitions (12 layers: 2 s instead of 10)."""
-    from onnx_ir.passes import common
-    from onnxscript import optimizer
-
-    optimizer.fold_constants(model)
-    common.RemoveUnusedNodesPass()(model)
-    common.CommonSubexpressionEliminationPass()(model)
-    optimizer.optimize(model)
-
-
-def _join(prefill: ir.Model, step: ir.Model) -> ir.Model:
-    from gdn_ops.export.onnx_branches import join
-
-    return join(prefill, step)
-
-
-def _name(model: ir.Model, item: Plan, program: ExportedProgram, entry: dict[str, Any]) -> None:
-    """Gives inputs, outputs and dynamic sizes the manifest's names, and the manifest those that had to differ."""
-    graph = model.graph
-    if len(graph.inputs) != len(entry["inputs"]) or len(graph.outputs) != len(entry["outputs"]):
-        raise ValueError(
-            f"model: expected an ONNX graph of {len(entry['inputs'])} inputs and {len(entry['outputs'])} outputs, got "
-            f"{len(graph.inputs)} and {len(graph.outputs)}: leave out arguments and results that are no tensors"
-        )
-    _own_outputs(model)
-    taken = {x["name"] for x in entry["inputs"]} | set(graph.initializers)
-    for described in entry["outputs"]:
-        if described["name"] in taken:
-            described["name"] = f"present.{described['name']}"
-        taken.add(described["name"])
-    outputs = [x["name"] for x in entry["outputs"]]
-    entry["states"] = {name: outputs[1 + i] for i, name in enumerate(item.states)}
-    for node in graph:  # an inner value may already have the name that an output or input is to have
-        for value in node.outputs:
-            if value.name in taken:
-                value.name = f"{value.name}.inner"
-    for value, described in zip((*graph.inputs, *graph.outputs), (*entry["inputs"], *entry["outputs"])):
-        value.name = described["name"]
-    names = {str(symbol): name for symbol, name in manifests.dimension_names(item, program).items()}
-    onnx_proof.rename_dimensions(model, names)
-
-
-def _own_outputs(model: ir.Model) -> None:
-    """An output that is an input, a weight or another output gets a node of its own, so that it can have a name."""
-    import onnx_ir as ir
-
-    graph, seen = model.graph, set()
-    for index, value in enumerate(graph.outputs):
-        if value.producer() is None or value in seen:
-            node = ir.Node("", "Identity", [value])
-            node.outputs[0].dtype, node.outputs[0].shape = value.dtype, value.shape
-            graph.append(node)
-            graph.outputs[index] = node.outputs[0]
-        seen.add(value)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import sympy
 import torch
 from gdn_ops.export import manifest as manifests
 from gdn_ops.export import parity
@@ -18,9 +17,6 @@ from gdn_ops.lowering.onnx.targets import Lowered
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 # The reference evaluator is NumPy, a node at a time: a second or two up to this size.
 EVALUATED_BYTES, EVALUATED_LENGTHS = 32 * 2**20, (1, 5)
@@ -41,26 +37,6 @@ def refuse_dtype(dtype: torch.dtype, target: str) -> None:
         )
 
 
-def rename_dimensions(model: ir.Model, names: dict[str, str]) -> None:
-    """Dynamic sizes by the names of the manifest; a size of an inner value that is no plain name is left open."""
-    import onnx_ir as ir
-
-    symbols = {old: sympy.Symbol(new) for old, new in names.items()}
-    outer = {*model.graph.inputs, *model.graph.outputs}
-
-    def renamed(size: Any, keep: bool) -> Any:
-        if isinstance(size, int) or size.value is None:
-            return size
-        if size.value in names:
-            return names[size.value]
-        return str(sympy.sympify(size.value, locals=symbols)) if keep else None
-
-    values = {value for node in ir.traversal.RecursiveGraphIterator(model.graph) for value in node.outputs}
-    for value in values | outer:
-        if value.shape is not None:
-            value.shape = ir.Shape([renamed(size, value in outer) for size in value.shape])
-
-
 def check(path: Path, opset: int) -> dict[str, int]:
     """The full checker on the file, and its stamps; returns the opsets by domain."""
     import onnx
@@ -75,7 +51,7 @@ def check(path: Path, opset: int) -> dict[str, int]:
 def prove(
     model: nn.Module,
     plans: dict[str, Plan],
-    program: ExportedProgram,
+    program: ExportedProgram | None,
     entry: dict[str, Any],
     path: Path,
     lowered: Lowered,
@@ -102,7 +78,7 @@ def prove(
 
 
 def _compare(
-    report: parity.Report, plans: dict[str, Plan], program: ExportedProgram, entry: dict[str, Any], run: Callable
+    report: parity.Report, plans: dict[str, Plan], program: ExportedProgram | None, entry: dict[str, Any], run: Callable
 ) -> None:
     if "prefill" in plans:
         states = plans["prefill"].states
@@ -149,7 +125,7 @@ def _not_evaluated(path: Path) -> str | None:
 
 
 def _evaluate(
-    report: parity.Report, plans: dict[str, Plan], program: ExportedProgram, entry: dict[str, Any], path: Path
+    report: parity.Report, plans: dict[str, Plan], program: ExportedProgram | None, entry: dict[str, Any], path: Path
 ) -> None:
     import onnx.reference
 

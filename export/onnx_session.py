@@ -80,9 +80,9 @@ def _value(tensor: Tensor) -> Any:
 
 
 def _tensor(value: Any) -> Tensor:
-    """A copy: the runtime may reuse the memory."""
+    """The array holds on to the value, and with it to memory that the runtime would use again."""
     if value.data_type() != "tensor(bfloat16)":
-        return torch.from_numpy(value.numpy().copy())
+        return torch.from_numpy(value.numpy())
     shape = value.shape()
     if not math.prod(shape):
         return torch.empty(shape, dtype=torch.bfloat16)

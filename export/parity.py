@@ -22,9 +22,20 @@ from torch.utils import _pytree as pytree
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 CHUNK = 64
 LENGTHS = {"T=1": 1, "T=C-1": CHUNK - 1, "T=C": CHUNK, "T=C+1": CHUNK + 1, "ragged": 2 * CHUNK + 9}
-# Rows of a language model's cases, traced with two. Each costs a large model seconds, so one case has several.
-BATCHES = {"T=C+1": 3}
-DECODED = ("T=C+1", "ragged")
+# Parameters beyond which a language model is run over half the tokens: each case then costs it seconds.
+LARGE = 2**27
+# Of a language model, traced with two rows: a length, its rows, and whether they go on from the case before.
+CASES = [(case, rows, goes_on) for case, rows in zip(LENGTHS, (1, 3, 1, 3, 1)) for goes_on in (False, True)]
+LARGE_CASES = [
+    ("T=1", 3, False),
+    ("T=C-1", 1, True),
+    ("T=C", 1, True),
+    ("T=C+1", 1, False),
+    ("ragged", 1, True),
+]
+DECODED = ("T=1", "T=C+1")
+# Numbers whose squares are summed up in fp32, which is exact to six digits; the sums are added in fp64.
+SUMMED = 4096
 
 
 class ParityError(RuntimeError):
@@ -50,13 +61,17 @@ def error(result: Tensor, eager: Tensor) -> float:
     if torch.equal(result, eager):
         return 0.0
     wide = torch.promote_types(eager.dtype, torch.float32)
-    difference, size = _norm(result.to(wide) - eager.to(wide)), _norm(eager)
+    difference, size = _norm(result.to(wide) - eager.to(wide)), _norm(eager.to(wide))
     value = difference / max(size, 1e-30 * math.sqrt(eager.numel()))
     return value if math.isfinite(value) else math.inf
 
 
 def _norm(x: Tensor) -> float:
-    return torch.linalg.vector_norm(x, dtype=torch.float64).item()
+    """In fp64 throughout it takes twenty times as long."""
+    x = x.flatten()
+    whole = x.numel() // SUMMED * SUMMED
+    parts = torch.linalg.vector_norm(x[:whole].view(-1, SUMMED), dim=1), torch.linalg.vector_norm(x[whole:])[None]
+    return torch.linalg.vector_norm(torch.cat(parts).double()).item()
 
 
 def compare(results: Any, eager: Any, names: list[str]) -> dict[str, float]:
@@ -105,15 +120,17 @@ class Report:
 def language_model(
     report: Report, plans: dict[str, Plan], programs: dict[str, Callable], seed: int = 0, steps: int = 3
 ) -> None:
-    """``prefill`` at the lengths of LENGTHS, from an empty state and, one row, from a used one; then ``steps`` steps.
+    """``prefill`` at the lengths of LENGTHS, from an empty and from a used state, then ``steps`` decode steps.
 
-    The steps go on from two of the prefills (DECODED), with the states that the program itself put out there: errors
-    of the whole chain show.
+    The cases are CASES, or LARGE_CASES for a model of more than LARGE parameters: there each length has one case, from
+    an empty state or from the one that the case before left. Steps go on from the prefills of DECODED that began empty,
+    with the states that the program itself put out there: errors of the whole chain show.
     """
     names = ["logits", *plans["prefill"].states]
     model, device = plans["prefill"].module.model, plans["prefill"].args[0].device
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.vocab_size
+    large = sum(x.numel() for x in model.parameters()) > LARGE
 
     def ids(*shape: int) -> Tensor:
         return torch.randint(vocabulary, shape, generator=generator).to(device)
@@ -125,16 +142,14 @@ def language_model(
         report.add(name, case, sizes, compare((logits, own), (reference, expected), names))
         return own, expected
 
-    chains = []
+    chains, used = [], {}
     with inference(model):
-        for case, T in LENGTHS.items():
-            B = BATCHES.get(case, 1)
-            tokens = ids(B, T)
-            own, used = check("prefill", case, {"batch": B, "T": T}, tokens, _fresh_state(model, B))
-            if case in DECODED:
-                chains.append(({"batch": B, "T": T}, own, used))
-            first = {name: x[:1] for name, x in used.items()}
-            check("prefill", case + ", continued", {"batch": 1, "T": T}, tokens[:1], first)
+        for case, B, goes_on in LARGE_CASES if large else CASES:
+            sizes, label = {"batch": B, "T": LENGTHS[case]}, case + (", continued" if goes_on else "")
+            state = {name: x[:B] for name, x in used.items()} if goes_on else _fresh_state(model, B)
+            own, used = check("prefill", label, sizes, ids(B, LENGTHS[case]), state)
+            if case in DECODED and not goes_on:
+                chains.append((sizes, own, used))
         for sizes, own, expected in chains:
             for n in range(steps):
                 label = {**sizes, "step": n + 1}

@@ -1,4 +1,4 @@
-"""``python -m perf op | gpu | linear | train | cpu | tune | plot``; see the package's docstring."""
+"""``python -m perf op | gpu | linear | train | cpu | nodes | tune | plot``; see the package's docstring."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from perf.linear_providers import LINEAR_PROVIDERS
 from perf.linear_providers import TASKS as LINEAR_TASKS
 from perf.linear_providers import cost as linear_cost
 from perf.linear_providers import peak_memory as linear_peak
-from perf.providers import PROVIDERS
+from perf.providers import PROVIDERS, Unavailable
 from perf.records import ROOT
 from perf.shapes import DIRECTIONS, DTYPES, SUITES, Shape, parse_shape
 from perf.training_models import TRAIN_PROVIDERS
@@ -100,6 +100,17 @@ def cpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     runs.run(tasks, "fp32", "cpu", _chosen(a.provider, CPU_PROVIDERS), _csv(a.out, "cpu.csv"), a.budget)
 
 
+def nodes(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    from perf.nodes import report
+
+    torch.set_num_threads(a.threads)
+    try:
+        for tokens in a.tokens:
+            print(report(Shape(16, 32, 1, tokens), a.seconds), flush=True)
+    except Unavailable as error:
+        parser.error(str(error))
+
+
 def warm(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     i, n = map(int, a.part.split(","))
     runs.compile_once([runs.parse_task(text) for text in a.task], a.dtype, _chosen(a.provider, PROVIDERS), (i, n))
@@ -168,6 +179,11 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, default=2)
     sub.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024, 1])
     measured(sub, CPU_PROVIDERS, 90.0)
+
+    sub = command(nodes, "What bounds the portable rule in ONNX Runtime on the CPU, node by node.")
+    sub.add_argument("--threads", type=int, default=2)
+    sub.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 256, 1024])
+    sub.add_argument("--seconds", type=float, default=10.0, help="for each length (%(default)s)")
 
     sub = command(warm, "Compiles what tasks need (started by the other commands).")
     sub.add_argument("--task", action="append", required=True, metavar="H,HV,N,T,K,V:DIRECTION")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -65,7 +66,7 @@ def one_node_model(x: Inputs, domain: str) -> bytes:
         "LinearAttention", list(inputs), list(outputs), domain=domain,
         q_num_heads=H, kv_num_heads=HV, update_rule="gated_delta", scale=x.scale,
     )  # fmt: skip
-    return _model(node, inputs, outputs, {"": 20, domain: 1} if domain else {"": 27})
+    return model(node, inputs, outputs, {"": 20, domain: 1} if domain else {"": 27})
 
 
 def portable_model(x: Inputs) -> bytes:
@@ -80,10 +81,10 @@ def portable_model(x: Inputs) -> bytes:
     inputs |= {"initial_state": state}
     outputs = {"o": [*rows, HV, V], "final_state": state}
     node = helper.make_node("GatedDeltaRule", list(inputs), list(outputs), domain=DOMAIN, scale=x.scale)
-    return _model(node, inputs, outputs, {"": OPSET, DOMAIN: 1}, [rule()])
+    return model(node, inputs, outputs, {"": OPSET, DOMAIN: 1}, [rule()])
 
 
-def _model(node, inputs: dict, outputs: dict, opsets: dict[str, int], functions: Sequence = ()) -> bytes:
+def model(node, inputs: dict, outputs: dict, opsets: dict[str, int], functions: Sequence = ()) -> bytes:
     from onnx import TensorProto, helper
 
     def described(values: dict[str, list]) -> list:
@@ -95,37 +96,27 @@ def _model(node, inputs: dict, outputs: dict, opsets: dict[str, int], functions:
     return model.SerializeToString()
 
 
-def _by_node(x: Inputs, direction: str, domain: str) -> Call:
-    if not domain:
-        group = x.v.shape[2] // x.q.shape[2]
-        x = x._replace(q=x.q.repeat_interleave(group, 2), k=x.k.repeat_interleave(group, 2))
-    feeds = {"query": x.q.flatten(2), "key": x.k.flatten(2), "value": x.v.flatten(2), "past_state": x.state}
-    return _onnxruntime(direction, lambda: one_node_model(x, domain), {**feeds, "decay": x.g, "beta": x.beta}, x)
-
-
-def _portable(x: Inputs, direction: str) -> Call:
-    feeds = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "beta": x.beta, "initial_state": x.state}
-    return _onnxruntime(direction, lambda: portable_model(x), feeds, x)
-
-
-def _onnxruntime(direction: str, model: Callable[[], bytes], feeds: dict[str, torch.Tensor], x: Inputs) -> Call:
-    """A call of the model, whose outputs are o and the state."""
-    if direction == "forward+backward":
-        raise Unavailable("onnxruntime: inference only")
+def session(model: bytes, profile: Path | None = None):
+    """An ONNX Runtime session on as many threads as torch has; with ``profile``, one that writes a profile there."""
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     # Its threads would spin on the cores through the turns of the others.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = runtime.InferenceSession(model(), options, providers=["CPUExecutionProvider"])
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def bound(session, feeds: dict[str, torch.Tensor], results: Sequence[torch.Tensor]) -> Call:
+    """A call of the session, which writes into ``results`` and returns them."""
     feeds = {name: tensor.contiguous() for name, tensor in feeds.items()}
-    results = (torch.empty_like(x.v), torch.empty_like(x.state))
     binding = session.io_binding()
     for name, tensor in feeds.items():
         binding.bind_input(name, "cpu", 0, "float32", list(tensor.shape), tensor.data_ptr())
     for described, tensor in zip(session.get_outputs(), results):
-        shape = list(tensor.shape if len(described.shape) == 4 else tensor.flatten(2).shape)
+        shape = list(tensor.shape if len(described.shape) == tensor.dim() else tensor.flatten(2).shape)
         binding.bind_output(described.name, "cpu", 0, "float32", shape, tensor.data_ptr())
 
     def call():
@@ -133,6 +124,31 @@ def _onnxruntime(direction: str, model: Callable[[], bytes], feeds: dict[str, to
         return *results, feeds  # feeds: the runtime holds bare pointers into them
 
     return call
+
+
+def portable_call(session, x: Inputs) -> Call:
+    feeds = {"q": x.q, "k": x.k, "v": x.v, "g": x.g, "beta": x.beta, "initial_state": x.state}
+    return bound(session, feeds, (torch.empty_like(x.v), torch.empty_like(x.state)))
+
+
+def _by_node(x: Inputs, direction: str, domain: str) -> Call:
+    _need_inference(direction)
+    if not domain:
+        group = x.v.shape[2] // x.q.shape[2]
+        x = x._replace(q=x.q.repeat_interleave(group, 2), k=x.k.repeat_interleave(group, 2))
+    feeds = {"query": x.q.flatten(2), "key": x.k.flatten(2), "value": x.v.flatten(2), "past_state": x.state}
+    results = torch.empty_like(x.v), torch.empty_like(x.state)
+    return bound(session(one_node_model(x, domain)), {**feeds, "decay": x.g, "beta": x.beta}, results)
+
+
+def _portable(x: Inputs, direction: str) -> Call:
+    _need_inference(direction)
+    return portable_call(session(portable_model(x)), x)
+
+
+def _need_inference(direction: str) -> None:
+    if direction == "forward+backward":
+        raise Unavailable("onnxruntime: inference only")
 
 
 CPU_PROVIDERS = {

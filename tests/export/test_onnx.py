@@ -23,8 +23,9 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from gdn_ops.export import ParityError, export_onnx, onnx_proof, parity, read_manifest, verify  # noqa: E402
+from gdn_ops.export.onnx_layers import kinds  # noqa: E402
 from gdn_ops.export.onnx_session import Session  # noqa: E402
-from gdn_ops.export.program import flatten_state  # noqa: E402
+from gdn_ops.export.program import flatten_state, plan  # noqa: E402
 
 DOMAINS = {
     "portable": {"ai.onnx": 18, "gdn_ops": 1},
@@ -169,6 +170,24 @@ def test_the_parity_report_has_every_case(target):
     assert evaluated["passed"] and evaluated["max_error"] < 1e-5
 
 
+def test_a_large_model_has_each_length_once(monkeypatch):
+    """From an empty and from a used state, one row and several, then steps from two of them."""
+    plans, cases = plan(make("GS", torch.float32)), {}
+    for large in (False, True):
+        monkeypatch.setattr(parity, "LARGE", 0 if large else 2**27)
+        report = parity.Report(torch.float32)
+        parity.language_model(report, plans, {name: item.module for name, item in plans.items()})
+        report.check()
+        cases[large] = [(case["case"], *case["sizes"].values()) for case in report.cases]
+    assert len(cases[False]) == 16
+    assert cases[True] == [
+        ("T=1", 3, 1), ("T=C-1, continued", 1, 63), ("T=C, continued", 1, 64), ("T=C+1", 1, 65),
+        ("ragged, continued", 1, 137), *(("prefill then decode", *sizes) for sizes in (
+            (3, 1, 1), (3, 1, 2), (3, 1, 3), (1, 65, 1), (1, 65, 2), (1, 65, 3),
+        )),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_half_precision_keeps_the_rule_and_its_states_wide(target):
     model, result = onnx_exports.mixer(target, torch.float16)
@@ -249,6 +268,19 @@ def test_a_state_that_is_an_input_an_output_and_unused(tmp_path):
     assert session.inputs == ["state", "unused"] and session.outputs == names
     for value, expected in zip(values, (torch.full((2, 3), 5.0), *[torch.full((2, 3), 10.0)] * 2, torch.arange(3.0))):
         assert torch.equal(value, expected)
+
+
+def test_a_layer_of_another_kind_is_traced_itself(tmp_path):
+    """Layers share their nodes only where nothing but the values of their weights differs."""
+    model = make("GSGS", torch.float32, num_hidden_layers=4)
+    assert kinds(model.layers) == [0, 1, 0, 1]
+    model.layers[3].mixer.rope_theta = 500.0
+    model.layers[2].mixer.o_proj = torch.nn.Linear(*reversed(model.layers[2].mixer.o_proj.weight.shape), bias=True)
+    assert kinds(model.layers) == [0, 1, 2, 3]
+    model.layers[2].mixer.o_proj.weight = model.layers[0].mixer.o_proj.weight
+    result = export_onnx(model, tmp_path / "out", "portable")
+    assert result.report["nodes"]["bodies"] == {"gdn_ops::CausalConv1d": 4, "gdn_ops::GatedDeltaRule": 4}
+    assert all(module.training for module in model.modules()), "the model is not as it was"
 
 
 def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):

@@ -279,3 +279,20 @@ def test_graph_replay_on_cuda(tmp_path):
     assert [row.method for row in rows] == ["cuda graph"] * 3, [row.note for row in rows]
     assert all(row.note == "" and 0 < row.p50_ms < 5 for row in rows)
     assert rows[1].peak_mib > 0
+
+
+@needs_the_operators
+def test_what_bounds_the_portable_rule(monkeypatch):
+    """Each node that the rule needs is timed, for a token and for chunks, and the rule's own nodes are counted."""
+    from perf import nodes
+
+    monkeypatch.setattr(nodes, "REPEATS", 1)
+    for T, needed in ((1, nodes.token_nodes), (70, nodes.chunk_nodes)):
+        shape = Shape(1, 2, 1, T, 16, 16)
+        text = nodes.report(shape, 0.05)
+        for node in needed(shape):
+            assert f"{node.what}: {node.kind} x {node.times}" in text
+        assert nodes.FUSED in text and "MatMul x" in text
+    assert "all of them, 3 chunks" in text
+    found = nodes.profile(make_inputs(Shape(1, 2, 1, 1, 16, 16), torch.float32, "cpu"))
+    assert found["MatMul"][0] == 2 and "Scan" not in found
