@@ -557,7 +557,7 @@ def intra_chunk(
     x = IntraChunk(buffer(dtype=torch.float64), fp32(), fp32(), buffer(CHUNK), buffer(CHUNK), *more)
     rest = None
     if low:
-        rest = buffer(2, CHUNK, CHUNK) if backward else x.P  # not P yet
+        rest = buffer(2 * CHUNK) if backward else x.P  # not P yet
     launch(invert_kernel)[(table.chunks * HV,)](
         k=k, g=g, beta=beta, c_sum=x.c_sum, from_start=x.from_start, to_end=x.to_end, rate=x.beta,
         erasing=x.erasing, scaled=x.T, rest=rest, likeness=fp32() if low else None, work=fp32(8), inverse=x.inverse,
