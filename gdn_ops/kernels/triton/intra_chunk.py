@@ -131,20 +131,11 @@ def _store_16(x, rest, alike, block, i: tl.constexpr, j: tl.constexpr, C: tl.con
 
 
 @triton.jit
-def _store_both(scaled, rest, inverse, alike, block, rate, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
-    """A block of the inverse into ``T`` and into the transposed inverse."""
-    _store_16(scaled, rest, alike, block * rate[None, :], i, j, C)
+def _store_both(scaled, rest, inverse, alike, of_T, block, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
+    """A block of ``T`` into ``scaled``, and the same one of the inverse into the transposed inverse."""
+    _store_16(scaled, rest, alike, of_T, i, j, C)
     if inverse is not None:
         _store_16(inverse, None if rest is None else rest + C * C, alike, tl.trans(block), j, i, C)
-
-
-@triton.jit
-def _store_zeros(scaled, rest, inverse, alike, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
-    """What is above the diagonal of the one, and below that of the other."""
-    zero = tl.zeros([16, 16], dtype=tl.float32)
-    _store_16(scaled, rest, alike, zero, i, j, C)
-    if inverse is not None:
-        _store_16(inverse, None if rest is None else rest + C * C, alike, zero, j, i, C)
 
 
 @triton.jit
@@ -364,45 +355,46 @@ def invert_kernel(
     rate1 = tl.load(beta + r1 * stride_beta_t, mask=r1 < length, other=0.0).to(tl.float32) * SCALE
     rate2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32) * SCALE
     rate3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32) * SCALE
-    _store_zeros(scaled, rest, inverse, alike, 0, 1, C)
-    _store_zeros(scaled, rest, inverse, alike, 0, 2, C)
-    _store_zeros(scaled, rest, inverse, alike, 0, 3, C)
-    _store_zeros(scaled, rest, inverse, alike, 1, 2, C)
-    _store_zeros(scaled, rest, inverse, alike, 1, 3, C)
-    _store_zeros(scaled, rest, inverse, alike, 2, 3, C)
+    zero = tl.zeros([16, 16], dtype=tl.float32)
+    _store_both(scaled, rest, inverse, alike, zero, zero, 0, 1, C)
+    _store_both(scaled, rest, inverse, alike, zero, zero, 0, 2, C)
+    _store_both(scaled, rest, inverse, alike, zero, zero, 0, 3, C)
+    _store_both(scaled, rest, inverse, alike, zero, zero, 1, 2, C)
+    _store_both(scaled, rest, inverse, alike, zero, zero, 1, 3, C)
+    _store_both(scaled, rest, inverse, alike, zero, zero, 2, 3, C)
     i00 = _invert_16(work, a00, 0, LOW, PRECISION)
-    _store_both(scaled, rest, inverse, alike, i00, rate0, 0, 0, C)
+    _store_both(scaled, rest, inverse, alike, i00 * rate0[None, :], i00, 0, 0, C)
     i11 = _invert_16(work, a11, 2, LOW, PRECISION)
-    _store_both(scaled, rest, inverse, alike, i11, rate1, 1, 1, C)
+    _store_both(scaled, rest, inverse, alike, i11 * rate1[None, :], i11, 1, 1, C)
     a10 = _block(kk10, beta1, c1, c0)
     i10 = -_product(i11, _product(a10, i00, LOW, PRECISION), LOW, PRECISION)
-    _store_both(scaled, rest, inverse, alike, i10, rate0, 1, 0, C)
+    _store_both(scaled, rest, inverse, alike, i10 * rate0[None, :], i10, 1, 0, C)
     i22 = _invert_16(work, a22, 4, LOW, PRECISION)
-    _store_both(scaled, rest, inverse, alike, i22, rate2, 2, 2, C)
+    _store_both(scaled, rest, inverse, alike, i22 * rate2[None, :], i22, 2, 2, C)
     a21 = _block(kk21, beta2, c2, c1)
     i21 = -_product(i22, _product(a21, i11, LOW, PRECISION), LOW, PRECISION)
-    _store_both(scaled, rest, inverse, alike, i21, rate1, 2, 1, C)
+    _store_both(scaled, rest, inverse, alike, i21 * rate1[None, :], i21, 2, 1, C)
     a20 = _block(kk20, beta2, c2, c0)
     x = _product(a20, i00, LOW, PRECISION)
     x += _product(a21, i10, LOW, PRECISION)
     i20 = -_product(i22, x, LOW, PRECISION)
-    _store_both(scaled, rest, inverse, alike, i20, rate0, 2, 0, C)
+    _store_both(scaled, rest, inverse, alike, i20 * rate0[None, :], i20, 2, 0, C)
     i33 = _invert_16(work, a33, 6, LOW, PRECISION)
-    _store_both(scaled, rest, inverse, alike, i33, rate3, 3, 3, C)
+    _store_both(scaled, rest, inverse, alike, i33 * rate3[None, :], i33, 3, 3, C)
     a32 = _block(kk32, beta3, c3, c2)
     i32 = -_product(i33, _product(a32, i22, LOW, PRECISION), LOW, PRECISION)
-    _store_both(scaled, rest, inverse, alike, i32, rate2, 3, 2, C)
+    _store_both(scaled, rest, inverse, alike, i32 * rate2[None, :], i32, 3, 2, C)
     a31 = _block(kk31, beta3, c3, c1)
     x = _product(a31, i11, LOW, PRECISION)
     x += _product(a32, i21, LOW, PRECISION)
     i31 = -_product(i33, x, LOW, PRECISION)
-    _store_both(scaled, rest, inverse, alike, i31, rate1, 3, 1, C)
+    _store_both(scaled, rest, inverse, alike, i31 * rate1[None, :], i31, 3, 1, C)
     a30 = _block(kk30, beta3, c3, c0)
     x = _product(a30, i00, LOW, PRECISION)
     x += _product(a31, i10, LOW, PRECISION)
     x += _product(a32, i20, LOW, PRECISION)
     i30 = -_product(i33, x, LOW, PRECISION)
-    _store_both(scaled, rest, inverse, alike, i30, rate0, 3, 0, C)
+    _store_both(scaled, rest, inverse, alike, i30 * rate0[None, :], i30, 3, 0, C)
     if rest is not None:
         if alike:
             _round_rows(scaled, rest, likeness, 0, 1, C)
@@ -493,7 +485,8 @@ class IntraChunk(NamedTuple):
 
 
 def precision_of(x: Tensor) -> str:
-    """How fp32 operands are multiplied: exactly for fp32 inputs, three TF32 products for the inverse of others.
+    """How fp32 operands are multiplied: exactly for fp32 inputs, by three TF32 products where 16-bit inputs have left
+    some that are not cut into two terms (``low_of``).
 
     Exact products of wide keys need 180 KiB of shared memory; chips with less multiply fp32 inputs by TF32 too. On
     Hopper they may not: a kernel with 64 rows of fp32 by three TF32 products read out of bounds there (Triton
