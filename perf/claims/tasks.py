@@ -50,14 +50,14 @@ class Recall:
         return "recall"
 
     def batch(self, seed: int, step: int, size: int, setting: int | None = None) -> Batch:
-        """``setting`` is another number of keys; in training each batch has its own, up to ``keys``."""
+        """``setting`` is another number of keys; in training each row has its own, up to ``keys``."""
         rng = np.random.default_rng([seed, step])
-        n = setting or int(rng.integers(max(1, self.keys // 8), self.keys + 1))
-        half = (self.vocab_size - 1) // 2
-        if 4 * n > self.length or n > half:
-            raise ValueError(f"setting: expected at most {min(self.length // 4, half)} keys, got {n}")
+        most, half = setting or self.keys, (self.vocab_size - 1) // 2
+        if 4 * most > self.length or most > half:
+            raise ValueError(f"setting: expected at most {min(self.length // 4, half)} keys, got {most}")
         ids, targets = np.zeros((size, self.length)), np.full((size, self.length), IGNORED)
         for row in range(size):
+            n = setting or int(rng.integers(max(1, most // 8), most + 1))
             keys = 1 + rng.permutation(half)[:n]
             values = 1 + half + rng.integers(half, size=n)
             ids[row, : 2 * n : 2], ids[row, 1 : 2 * n : 2] = keys, values

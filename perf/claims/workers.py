@@ -52,19 +52,21 @@ def in_turn(take: Take, work: Work, deadline: float, report: Report) -> Iterator
 def side_by_side(
     take: Take, work: Work, deadline: float, report: Report, jobs: int, grace: float = GRACE
 ) -> Iterator[tuple[Item, Any]]:
-    """``jobs`` processes at a time. Work that is not over ``grace`` seconds after the deadline, because a compilation
+    """``jobs`` processes at a time, dealt out over the GPUs that there are. Work that is not over ``grace`` seconds after the deadline, because a compilation
     takes long say, is ended; so is everything when the iterator is closed or interrupted."""
     context = get_context("spawn")  # CUDA does not survive a fork
     threads = threads_each(jobs)
-    going: dict[Connection, tuple[Item, Any]] = {}
+    going: dict[Connection, tuple[Item, Any, int]] = {}
     try:
         while True:
             while len(going) < jobs and (item := take()) is not None:
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_worker, args=(theirs, work, item, deadline, threads), daemon=True)
+                place = min(set(range(jobs)) - {place for _, _, place in going.values()})
+                arguments = (theirs, work, item, deadline, threads, place)
+                process = context.Process(target=_worker, args=arguments, daemon=True)
                 process.start()
                 theirs.close()  # the process has the only other end, so that its death ends the pipe
-                going[ours] = item, process
+                going[ours] = item, process, place
             if not going:
                 return
             left = deadline + grace - time.monotonic()
@@ -72,7 +74,7 @@ def side_by_side(
             if not ready:
                 return
             for connection in ready:
-                item, process = going[connection]
+                item, process, _ = going[connection]
                 message = _received(connection, process)
                 if isinstance(message, _Line):
                     report(item, message.text)
@@ -83,9 +85,9 @@ def side_by_side(
                 if not isinstance(message, OutOfTime):
                     yield item, message
     finally:
-        for _, process in going.values():
+        for _, process, _ in going.values():
             process.terminate()
-        for _, process in going.values():
+        for _, process, _ in going.values():
             process.join(5)
             if process.is_alive():
                 process.kill()
@@ -116,8 +118,10 @@ def _outcome(work: Work, item: Item, deadline: float, say: Callable[[str], None]
         return Failed(traceback.format_exc().rstrip())
 
 
-def _worker(connection: Connection, work: Work, item: Item, deadline: float, threads: int) -> None:
+def _worker(connection: Connection, work: Work, item: Item, deadline: float, threads: int, place: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that asked ends this one
     torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place % torch.cuda.device_count())
     # Where the other end is gone, the first line that is sent ends the work.
     connection.send(_outcome(work, item, deadline, lambda line: connection.send(_Line(line))))
