@@ -63,7 +63,7 @@ class Run:
 def _recall(size: str) -> tuple[Task, Recipe]:
     if size == "toy":
         return Recall(64, 4, (2, 4), vocab_size=33), Recipe(30, 8, 3e-3, 2)
-    return Recall(512, 64, (8, 16, 32, 64), vocab_size=513), Recipe(4000, 64, 2e-3, 8)
+    return Recall(256, 64, (8, 16, 32, 64), vocab_size=513), Recipe(10000, 64, 3e-3, 8)
 
 
 def _needles(size: str) -> list[tuple[Task, Recipe]]:
