@@ -52,8 +52,9 @@ def in_turn(take: Take, work: Work, deadline: float, report: Report) -> Iterator
 def side_by_side(
     take: Take, work: Work, deadline: float, report: Report, jobs: int, grace: float = GRACE
 ) -> Iterator[tuple[Item, Any]]:
-    """``jobs`` processes at a time, dealt out over the GPUs that there are. Work that is not over ``grace`` seconds after the deadline, because a compilation
-    takes long say, is ended; so is everything when the iterator is closed or interrupted."""
+    """``jobs`` processes at a time, dealt out over the GPUs that there are. Work that is not over ``grace`` seconds
+    after the deadline, because a compilation takes long say, is ended; so is everything when the iterator is closed or
+    interrupted."""
     context = get_context("spawn")  # CUDA does not survive a fork
     threads = threads_each(jobs)
     going: dict[Connection, tuple[Item, Any, int]] = {}
