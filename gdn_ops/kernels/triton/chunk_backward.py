@@ -577,13 +577,6 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
     (B, T, H, K), (HV, V), device = q.shape, v.shape[2:], q.device
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dS = torch.empty((0 if initial_state is None else N, HV, K, V), dtype=torch.float32, device=device)
-    # Tokens after the last packed sequence belong to none: their gradients are zeros.
-    make = torch.empty if cu_seqlens is None else torch.zeros
-    dq, dk, dv = (make(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
-    configuration = key_gradient_configuration(q, K, V)
-    tiles = triton.cdiv(K, configuration["BK"])
-    parts = [x.dtype if tiles == 1 else torch.float32 for x in (g, beta)]
-    dg, dbeta = (make((tiles, B, T, HV), dtype=dtype, device=device) for dtype in parts)
     if N == 0 or (isinstance(T, int) and T == 0):
         if initial_state is not None:
             dS.zero_() if dfinal_state is None else dS.copy_(dfinal_state)
@@ -605,8 +598,16 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
         x, do, k, v, table, before=before, after=after, leave=leave, states=states, written=written, dstates=dstates,
         X=X,
     )  # fmt: skip
-    # The inverse and P have been used: their memory takes dA and dP.
+    # The inverse and P have been used: their memory takes dA and dP; that of T and grown_q is free for what follows.
     dP, dA, dbeta_of_value = x.P, x.inverse, torch.empty((B, T, HV), dtype=torch.float32, device=device)
+    x = x._replace(T=None, grown_q=None)
+    # Tokens after the last packed sequence belong to none: their gradients are zeros.
+    make = torch.empty if cu_seqlens is None else torch.zeros
+    dq, dk, dv = (make(like.shape, dtype=like.dtype, device=device) for like in (q, k, v))
+    configuration = key_gradient_configuration(q, K, V)
+    tiles = triton.cdiv(K, configuration["BK"])
+    parts = [like.dtype if tiles == 1 else torch.float32 for like in (g, beta)]
+    dg, dbeta = (make((tiles, B, T, HV), dtype=dtype, device=device) for dtype in parts)
     shape = {"scale": scale, "T": T, "HV": HV, "V": V, "C": CHUNK, "PRECISION": precision_of(q), **table.arguments()}
     shape |= strides_of("do", do)
     launch(value_gradient_kernel)[(table.chunks * HV,)](
