@@ -36,6 +36,7 @@ COLUMNS = (
     "seconds", "device", "torch", "time",
 )  # fmt: skip
 KEY = ("experiment", "size", "task", "model", "seed")
+EMBEDDING = 25.0  # a standard deviation of 0.5
 SUBQUADRATIC = ("mamba2", "deltanet", "gdn", "h1", "h2")
 
 
@@ -63,25 +64,25 @@ class Run:
 def _recall(size: str) -> tuple[Task, Recipe]:
     if size == "toy":
         return Recall(64, 4, (2, 4), vocab_size=33), Recipe(30, 8, 3e-3, 2)
-    return Recall(256, 64, (8, 16, 32, 64), vocab_size=513), Recipe(10000, 64, 3e-3, 8)
+    return Recall(1024, 256, (32, 64, 128, 256), vocab_size=1025), Recipe(6000, 32, 3e-3, 16, EMBEDDING)
 
 
 def _needles(size: str) -> list[tuple[Task, Recipe]]:
     if size == "toy":
         return [(Needle(v, 48, (48, 96)), Recipe(20, 8, 3e-3, 2)) for v in (1, 2, 3)]
-    return [(Needle(v, 512, (512, 1024, 2048, 4096)), Recipe(3000, 64, 2e-3, 4)) for v in (1, 2, 3)]
+    return [(Needle(v, 512, (512, 1024, 2048, 4096)), Recipe(6000, 64, 2e-3, 4, EMBEDDING)) for v in (1, 2, 3)]
 
 
 def _parity(size: str) -> tuple[Task, Recipe]:
     if size == "toy":
         return Parity(16, (16, 32)), Recipe(30, 16, 3e-3, 2)
-    return Parity(64, (64, 128, 256)), Recipe(4000, 256, 2e-3, 4)
+    return Parity(64, (64, 128, 256)), Recipe(4000, 256, 2e-3, 4, EMBEDDING)
 
 
 def _text(size: str) -> tuple[Task, Recipe]:
     if size == "toy":
         return Text(64, (64, 128)), Recipe(20, 4, 3e-3, 2)
-    return Text(2048, (512, 1024, 2048, 4096, 8192, 16384)), Recipe(1500, 16, 1e-3, 16)
+    return Text(2048, (512, 1024, 2048, 4096, 8192, 16384)), Recipe(4000, 16, 1e-3, 16)
 
 
 def runs_of(experiment: str, size: str, seeds: int) -> list[Run]:

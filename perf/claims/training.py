@@ -30,10 +30,14 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
+    """``embedding`` is what the initial embeddings are multiplied by. At the width of these models a token of the usual
+    size is lost among what the first layers add to it, and what a task asks for is found hundreds of steps later."""
+
     steps: int
     batch_size: int
     lr: float
     eval_batches: int
+    embedding: float = 1.0
     warmup: float = 0.1
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -72,6 +76,7 @@ def train(
     """
     torch.manual_seed(seed)
     model = HybridLM(config).to(device).train()
+    model.embedding.weight.data.mul_(recipe.embedding)
     what = repr((config, task, recipe, seed))
     with own_stream(device):
         shape = (recipe.batch_size, task.length)
