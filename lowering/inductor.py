@@ -13,10 +13,13 @@ NaN inside a package, ``scan`` does not compile there, and a Python custom opera
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,8 +73,42 @@ def compiler() -> str:
         return get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise RuntimeError(
-            "exporting to AOTInductor on CPU needs a C++ compiler: install g++ or set the environment variable CXX"
+            "exporting to AOTInductor needs a C++ compiler: install g++ or set the environment variable CXX"
         ) from error
+
+
+@functools.cache
+def copies_standard_library(cxx: str) -> bool:
+    """Whether every library that ``cxx`` links gets a copy of libstdc++ of its own. torch has another one in the same
+    process; a package whose copy is visible takes some functions from each, and does not load."""
+    if sys.platform != "linux":
+        return False
+    with tempfile.TemporaryDirectory() as scratch:
+        source, library = Path(scratch) / "text.cpp", Path(scratch) / "text.so"
+        source.write_text("#include <string>\nstd::string text(int n) { return std::to_string(n); }\n")
+        done = subprocess.run([cxx, "-shared", "-fPIC", str(source), "-o", str(library)], capture_output=True)
+        if done.returncode:
+            return False  # whoever compiles next will say why
+        linked = library.read_bytes()
+        return not any(name in linked for name in (b"libstdc++.so", b"libc++.so"))
+
+
+def _hiding(cxx: str) -> Path:
+    """``cxx`` by its own name, which Inductor goes by, in Inductor's cache: what it links hides its copies."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    command = shlex.quote(cxx)
+    script = f"""#!/bin/sh
+case " $* " in *" -shared "*) exec {command} "$@" -Wl,--exclude-libs,ALL;; esac
+exec {command} "$@"
+"""
+    folder = Path(cache_dir()) / "gdn_ops" / hashlib.sha256(script.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        file.write(script)
+    os.chmod(file.name, 0o755)
+    os.replace(file.name, folder / Path(cxx).name)
+    return folder / Path(cxx).name
 
 
 def _commands(cxx: str, build: Path, sets: Sequence[InstructionSet]) -> list[list[str]]:
@@ -142,8 +179,10 @@ def packaging(device: torch.device) -> Iterator[dict[str, Any]]:
         >>> with packaging(torch.device("cpu")) as configs:  # doctest: +SKIP
         ...     torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
     """
+    cxx = compiler()
+    configs: dict[str, Any] = {"cpp.cxx": (str(_hiding(cxx)),)} if copies_standard_library(cxx) else {}
     if device.type != "cpu":
-        yield {}
+        yield configs
         return
     archive = cpu_archive()
     shims = {
@@ -153,7 +192,7 @@ def packaging(device: torch.device) -> Iterator[dict[str, Any]]:
     before = os.environ.get("LIBRARY_PATH")
     os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(archive.parent), before]))
     try:
-        yield {
+        yield configs | {
             "aot_inductor.custom_ops_to_c_shims": shims,
             "aot_inductor.custom_op_libs": [archive.stem.removeprefix("lib")],
         }

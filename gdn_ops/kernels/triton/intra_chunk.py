@@ -471,8 +471,8 @@ def score_kernel(
 
 class IntraChunk(NamedTuple):
     """``[chunks, HV, C]`` in fp64 (``c_sum``) or fp32; in the dtype of q ``[chunks, HV, C, C]``. For the backward:
-    two more of each, and ``grown_q [chunks, HV, C, K]``; ``inverse`` is the transposed one. What is no longer needed may
-    have been dropped (None)."""
+    two more of each, and ``grown_q [chunks, HV, C, K]``; ``inverse`` is the transposed one. What has been used may have
+    been dropped (None)."""
 
     c_sum: Tensor
     from_start: Tensor
