@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -196,9 +197,10 @@ def enter(provider: TrainProvider, config: HybridConfig, ids: Tensor, setting: S
 
 def measure_size(
     preset: str, config: HybridConfig, size: Size, who: Sequence[TrainProvider], setting: Setting, seconds: float,
-    recorder: Recorder, ceilings: Ceilings,
+    recorder: Recorder, ceilings: Ceilings, deadline: float = math.inf,
 ) -> list[TrainRow]:  # fmt: skip
-    """One size for every provider; adds the rows to ``recorder`` and returns them."""
+    """One size for every provider; adds the rows to ``recorder`` and returns them. Providers that have not begun at
+    ``deadline`` (seconds of ``time.perf_counter``) are named and left out, but for the first."""
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, size.batch, size.T), generator=generator).to(setting.device)
@@ -206,6 +208,9 @@ def measure_size(
         flops = model_flops(HybridLM(config), size)
     entries = []
     for provider in who:
+        if entries and time.perf_counter() > deadline:
+            print(f"not measured, the budget is spent: {preset} {size} {provider.name}")
+            continue
         entry = enter(provider, config, ids, setting)
         entries += [] if entry is None else [entry]
         gc.collect()  # of one that failed
@@ -268,7 +273,7 @@ def run(
         config = HybridConfig.preset(preset)
         # Most of a size's share goes to compiling and tuning.
         seconds = min(10.0, 0.25 * left / (len(tasks) - i))
-        for row in measure_size(preset, config, size, who, setting, seconds, recorder, ceilings):
+        for row in measure_size(preset, config, size, who, setting, seconds, recorder, ceilings, start + budget):
             shown = "-" if row.p50_ms is None else f"{row.p50_ms:.4g} ms, {row.tokens_per_s:,.0f} tokens/s"
             print(f"{preset} {size} {row.provider}: {shown} {row.note}".rstrip(), flush=True)
     print("\n" + summary(recorder.rows))

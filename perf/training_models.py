@@ -82,8 +82,9 @@ def _parts(block: nn.Module) -> dict[str, Tensor]:
 
 def copy_weights(ours: HybridLM, peer: nn.Module, names: dict[str, str]) -> None:
     """Into ``peer``, by its ``names``; ValueError if they do not all find a place of their shape there."""
-    head = ours.embedding.weight if ours.lm_head is None else ours.lm_head.weight
-    state = {names["embedding"]: ours.embedding.weight, names["norm"]: ours.norm.weight, names["head"]: head}
+    state = {
+        names["embedding"]: ours.embedding.weight, names["norm"]: ours.norm.weight, names["head"]: ours.output_weight,
+    }  # fmt: skip
     for i, block in enumerate(ours.layers):
         state |= {names[part].format(i=i): w for part, w in _parts(block).items() if part in names}
     wrong = peer.load_state_dict({name: w.detach() for name, w in state.items()}, strict=False)

@@ -192,7 +192,7 @@ class HybridLM(nn.Module):
         x = x if padding is None else padding.restore(x)
         targets = None if labels is None else _targets(labels, cu_seqlens, attention_mask, padding)
         if not return_logits:
-            return HybridOutput(None, linear_cross_entropy(x, self._output_weight, targets), state)
+            return HybridOutput(None, linear_cross_entropy(x, self.output_weight, targets), state)
         logits = self._logits(x)
         return HybridOutput(logits, None if targets is None else _loss(logits, targets), state)
 
@@ -328,10 +328,12 @@ class HybridLM(nn.Module):
         return partial(checkpoint, **options)
 
     @property
-    def _output_weight(self) -> Tensor:
+    def output_weight(self) -> Tensor:
+        """``[vocab_size, hidden_size]``: what logits are made with, the embedding if it is tied."""
         return self.embedding.weight if self.lm_head is None else self.lm_head.weight
 
     def _logits(self, x: Tensor) -> Tensor:
+        # Not by the weight alone: a head may have been replaced or hooked.
         return F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)
 
     def _check_ids(self, ids: Tensor, name: str, dims: int) -> None:

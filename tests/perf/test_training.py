@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -195,6 +196,22 @@ def test_failures_stay_in_their_rows(small, tmp_path, capsys):
 def test_spent_budget_names_what_it_left_out(small, tmp_path, capsys):
     assert run(tmp_path, [TRAIN_PROVIDERS[OURS]], budget=0.0) == []
     assert "not measured, the budget of 0 s was spent: small 32x2" in capsys.readouterr().out
+
+
+def test_a_size_that_takes_long_keeps_what_it_has(small, tmp_path, capsys, monkeypatch):
+    """The budget ends in the first provider's first step."""
+    entered, now = training.enter, time.perf_counter
+
+    def slow(*args):
+        entry = entered(*args)
+        monkeypatch.setattr(training.time, "perf_counter", lambda: now() + 1000)
+        return entry
+
+    monkeypatch.setattr(training, "enter", slow)
+    who = [TRAIN_PROVIDERS[name] for name in ("gdn_ops eager", OURS)]
+    rows = run(tmp_path, who, budget=500.0)
+    assert [row.provider for row in rows] == ["gdn_ops eager"] and rows[0].p50_ms is not None
+    assert f"not measured, the budget is spent: small 32x2 {OURS}" in capsys.readouterr().out
 
 
 def test_the_command(tmp_path, capsys):
