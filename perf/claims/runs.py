@@ -36,7 +36,7 @@ COLUMNS = (
     "seconds", "device", "torch", "time",
 )  # fmt: skip
 KEY = ("experiment", "size", "task", "model", "seed")
-EMBEDDING = 25.0  # a standard deviation of 0.5
+EMBEDDING = 0.5
 SUBQUADRATIC = ("mamba2", "deltanet", "gdn", "h1", "h2")
 
 
@@ -58,7 +58,10 @@ class Run:
 
     def config(self) -> HybridConfig:
         longest = max(self.task.length, *self.task.settings) if not isinstance(self.task, Recall) else self.task.length
-        return configure(self.model, SCALES[self.scale], self.task.vocab_size, longest, **dict(self.changes))
+        scale, changes = SCALES[self.scale], dict(self.changes)
+        if self.recipe.embedding is not None:
+            changes["initializer_range"] = scale.hidden_size**-0.5
+        return configure(self.model, scale, self.task.vocab_size, longest, **changes)
 
 
 def _recall(size: str) -> tuple[Task, Recipe]:

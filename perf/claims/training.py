@@ -30,14 +30,15 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """``embedding`` is what the initial embeddings are multiplied by. At the width of these models a token of the usual
-    size is lost among what the first layers add to it, and what a task asks for is found hundreds of steps later."""
+    """``embedding`` is the standard deviation of the initial embeddings, None that of all weights. At the width of
+    these models a token of the usual size is lost among what the first layers add to it, and what a task asks for is
+    found hundreds of steps later."""
 
     steps: int
     batch_size: int
     lr: float
     eval_batches: int
-    embedding: float = 1.0
+    embedding: float | None = None
     warmup: float = 0.1
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -76,7 +77,8 @@ def train(
     """
     torch.manual_seed(seed)
     model = HybridLM(config).to(device).train()
-    model.embedding.weight.data.mul_(recipe.embedding)
+    if recipe.embedding is not None:
+        model.embedding.weight.data.mul_(recipe.embedding / config.initializer_range)
     what = repr((config, task, recipe, seed))
     with own_stream(device):
         shape = (recipe.batch_size, task.length)
