@@ -39,7 +39,7 @@ def test_packaging_restores_the_environment(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of the GNU linker")
-def test_a_compiler_that_copies_the_standard_library(monkeypatch, tmp_path):
+def test_a_compiler_that_copies_the_standard_library(tmp_path):
     """Packages that it links would not load."""
     cxx = inductor.compiler()
     if not inductor.copies_standard_library(cxx):
@@ -59,12 +59,10 @@ def test_a_compiler_that_copies_the_standard_library(monkeypatch, tmp_path):
     x = make_inputs(1, 70, 1, 2, 16, 16, torch.float32, "cpu")
     inputs = tuple(x[name] for name in ("q", "k", "v", "g", "beta"))
     program = torch.export.export(Model(), inputs)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, cxx))
-    with inductor.packaging(torch.device("cpu")) as configs:
+    with torch._inductor.config.patch({"cpp.cxx": (None, cxx)}), inductor.packaging(torch.device("cpu")) as configs:
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(tmp_path / "model.pt2"), inductor_configs=configs
         )
-    assert torch._inductor.config.cpp.cxx == (None, cxx)
     o = torch._inductor.aoti_load_package(path)(*inputs)
     torch.testing.assert_close(o, Model()(*inputs))
 
