@@ -8,6 +8,7 @@ belong to the outer graph, once.
 from __future__ import annotations
 
 import onnx_ir as ir
+from gdn_ops.export.onnx_graph import FOLDED
 
 
 def join(prefill: ir.Model, step: ir.Model) -> ir.Model:
@@ -39,7 +40,7 @@ def _move_weights(graph: ir.Graph, outer: ir.Graph, weights: dict[tuple, ir.Valu
     for name, value in list(graph.initializers.items()):
         del graph.initializers[name]
         tensor = value.const_value
-        small = tensor.size <= 1024
+        small = tensor.size <= FOLDED  # made on the spot, in each branch
         key = (tensor.dtype, tuple(tensor.shape), tensor.tobytes()) if small else (id(tensor),)
         if key in weights:
             value.replace_all_uses_with(weights[key], replace_graph_outputs=True)

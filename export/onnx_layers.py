@@ -96,7 +96,8 @@ class _Traced:
 
     def __init__(self, item: Plan, target: str) -> None:
         self.lm, (ids, state) = item.module.model, item.args
-        self.kinds, traced = kinds(self.lm.layers), sorted(set(kinds(self.lm.layers)))
+        self.kinds = kinds(self.lm.layers)
+        traced = sorted(set(self.kinds))
         ids_dims, batch = item.dynamic_shapes[0], {0: item.dynamic_shapes[0][0]}
         x = torch.zeros(*ids.shape, self.lm.config.hidden_size, dtype=self.lm.embedding.weight.dtype)
         streams, stream_dims = {"prefill": x, "step": x[:, :1].contiguous()}, {"prefill": ids_dims, "step": batch}

@@ -95,20 +95,26 @@ def copies_standard_library(cxx: str) -> bool:
 
 def _hiding(cxx: str) -> Path:
     """``cxx`` by its own name, which Inductor goes by, in Inductor's cache: what it links hides its copies."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     command = shlex.quote(cxx)
     script = f"""#!/bin/sh
 case " $* " in *" -shared "*) exec {command} "$@" -Wl,--exclude-libs,ALL;; esac
 exec {command} "$@"
 """
-    folder = Path(cache_dir()) / "gdn_ops" / hashlib.sha256(script.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+    path = _cache() / hashlib.sha256(script.encode()).hexdigest()[:16] / Path(cxx).name
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(script)
     os.chmod(file.name, 0o755)
-    os.replace(file.name, folder / Path(cxx).name)
-    return folder / Path(cxx).name
+    os.replace(file.name, path)
+    return path
+
+
+def _cache() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "gdn_ops"
 
 
 def _commands(cxx: str, build: Path, sets: Sequence[InstructionSet]) -> list[list[str]]:
@@ -133,13 +139,11 @@ def cpu_archive(sets: Sequence[InstructionSet] | None = None) -> Path:
     name holds a hash of the sources, the commands and torch's version. Raises RuntimeError with the compiler's message
     when it cannot be built.
     """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     cxx, sets = compiler(), instruction_sets() if sets is None else sets
     digest = hashlib.sha256(repr((torch.__version__, _commands(cxx, Path(), sets))).encode())
     for source in ("cpu_kernels.h", "cpu_kernels.cpp", "cpu_shims.cpp"):
         digest.update((SOURCES / source).read_bytes())
-    folder = Path(cache_dir()) / "gdn_ops"
+    folder = _cache()
     archive = folder / f"libgdn_ops_{digest.hexdigest()[:16]}.a"
     if archive.exists():
         return archive

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -197,7 +196,7 @@ def enter(provider: TrainProvider, config: HybridConfig, ids: Tensor, setting: S
 
 def measure_size(
     preset: str, config: HybridConfig, size: Size, who: Sequence[TrainProvider], setting: Setting, seconds: float,
-    recorder: Recorder, ceilings: Ceilings, deadline: float = math.inf,
+    recorder: Recorder, ceilings: Ceilings, deadline: float,
 ) -> list[TrainRow]:  # fmt: skip
     """One size for every provider; adds the rows to ``recorder`` and returns them. Providers that have not begun at
     ``deadline`` (seconds of ``time.perf_counter``) are named and left out, but for the first."""

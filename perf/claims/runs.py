@@ -36,7 +36,7 @@ COLUMNS = (
     "seconds", "device", "torch", "time",
 )  # fmt: skip
 KEY = ("experiment", "size", "task", "model", "seed")
-EMBEDDING = 0.5
+EMBEDDING = 0.5  # of the synthetic tasks: training.Recipe says what and why
 SUBQUADRATIC = ("mamba2", "deltanet", "gdn", "h1", "h2")
 
 

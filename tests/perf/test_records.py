@@ -83,7 +83,7 @@ def test_summary_compares_within_and_beyond_the_run():
 
 
 def test_committed_results_have_todays_columns_and_no_paths():
-    paths = [ROOT / "perf" / "results" / f"{name}.csv" for name in ("cpu", "gpu", "op")]
+    paths = [ROOT / "perf" / "results" / f"{name}.csv" for name in ("cpu", "gpu", "linear", "op")]
     assert paths[0].exists()
     for path in filter(Path.exists, paths):
         with path.open(newline="") as file:
