@@ -94,13 +94,14 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> list[Path]:
 
 def _panel(axes, task: str, models: dict[str, dict[int, list[float]]]) -> None:
     """One that lacks a model still has its place, so that colours are the same in all panels."""
-    everything = []
+    everything, best = [], []
     for i, (model, values) in enumerate(models.items()):
         seeds = {s: _finite(values[s]) for s in sorted(values) if _finite(values[s])}
         least, means, greatest = ([f(x) for x in seeds.values()] for f in (min, fmean, max))
         axes.plot(list(seeds), means, color=f"C{i}", marker="os^vD"[i % 5], markersize=4, label=model)
         axes.fill_between(list(seeds), least, greatest, color=f"C{i}", alpha=0.15)
         everything += least + greatest
+        best += [min(means)] if means else []
     settings = sorted({s for values in models.values() for s in values})
     axes.set_xscale("log", base=2)
     axes.set_xticks(settings, map(str, settings))
@@ -108,7 +109,8 @@ def _panel(axes, task: str, models: dict[str, dict[int, list[float]]]) -> None:
     if task != "text":
         axes.set(ylabel="accuracy", ylim=(-0.03, 1.03))
     elif everything:
-        # Attention beyond its training length is off by orders of magnitude; the table has what leaves the picture.
+        # Attention beyond its training length is off by orders of magnitude; the table has what leaves the picture. Of
+        # every model the best is in it.
         low, high = min(everything), max(everything)
-        axes.set(ylabel="perplexity of a byte", ylim=(0.97 * low, min(1.03 * high, 1.5 * low)))
+        axes.set(ylabel="perplexity of a byte", ylim=(0.97 * low, min(1.03 * high, 1.5 * max(best))))
     axes.grid(alpha=0.3)

@@ -224,6 +224,17 @@ def test_tables_have_the_order_of_runs_and_a_plot_has_a_panel_a_task(tmp_path):
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
 
 
+def test_the_picture_of_perplexities_has_every_model():
+    """One is worse than another by far where both are at their best, one is lost beyond its training length."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    lost, worse = {512: [3.0], 1024: [500.0]}, {512: [8.0, 8.2], 1024: [6.0, 6.4]}
+    report._panel(axes, "text", {"lost": lost, "worse": worse, "diverged": {512: [math.nan]}, "none": {}})
+    low, high = axes.get_ylim()
+    assert low < 3.0 and 8.2 < high < 20
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
