@@ -85,7 +85,7 @@ def _parity(size: str) -> tuple[Task, Recipe]:
 def _text(size: str) -> tuple[Task, Recipe]:
     if size == "toy":
         return Text(64, (64, 128)), Recipe(20, 4, 3e-3, 2)
-    return Text(2048, (512, 1024, 2048, 4096, 8192, 16384)), Recipe(4000, 16, 1e-3, 16)
+    return Text(2048, (512, 1024, 2048, 4096, 8192, 16384)), Recipe(1500, 16, 1e-3, 16)
 
 
 def runs_of(experiment: str, size: str, seeds: int) -> list[Run]:

@@ -221,7 +221,8 @@ def test_shared_autotuning_covers_every_configuration(monkeypatch):
 
 def test_bind_all_leaves_out_what_a_provider_has_not():
     x = make_inputs(SMALL, torch.float32, "cpu")
-    candidates, failed = bind_all([PROVIDERS[OURS], PROVIDERS["gdn_ops in place"]], [x, x], "forward")
+    others = [PROVIDERS["gdn_ops in place"], PROVIDERS["gdn_ops portable"]]
+    candidates, failed = bind_all([PROVIDERS[OURS], *others], [x, x], "forward")
     assert [(c.provider, len(c.calls)) for c in candidates] == [(OURS, 2)] and failed == []
 
 

@@ -17,8 +17,8 @@ The textbook's ``W = T (exp(c) * K)`` and ``U = T V`` make a chain of two produc
 much as q, k, v and o together, and a scan that reads it: docs/kernels.md has both measured.
 
 Heads narrower than a tensor core's tile (16) are computed in fp32, and 16-bit features are padded to multiples of 16,
-which keeps every row on a 16-byte boundary. A single token is the recurrent kernel's, unless its bits must be those
-that it has in company (``batch_invariance.py``).
+which keeps every row on a 16-byte boundary. A few tokens are the recurrent kernel's, unless their bits must be those
+that they have in company (``batch_invariance.py``). On Hopper the scan may be ``kernels/hopper/scan.py``.
 
 Same inputs, same bits: no atomics, and a program's order of work depends on its own sequence only.
 """
@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_ops.kernels import hopper
 from gdn_ops.kernels.batch_invariance import is_batch_invariant
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_table, segment_of
@@ -38,6 +39,10 @@ from gdn_ops.kernels.triton.intra_chunk import IntraChunk, intra_chunk, precisio
 from gdn_ops.kernels.triton.launch import launch
 from gdn_ops.kernels.triton.recurrent import recurrent_forward
 from gdn_ops.kernels.triton.segments import combine, maps, segment_length
+
+# Tokens that the recurrent kernel takes: one launch, and nothing of a chunk is rounded. With two tokens ``T`` and ``P``
+# are six numbers, whose rounding in bf16 does not average out.
+FEW = 8
 
 
 @triton.jit
@@ -313,9 +318,9 @@ def chunk_forward(
     HV, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rest = (initial_state, cu_seqlens, scale, output_final_state)
+    if isinstance(T, int) and 0 < T <= FEW and not is_batch_invariant():
+        return recurrent_forward(q, k, v, g, beta, *rest)
     if isinstance(T, int) and T == 1:
-        if not is_batch_invariant():
-            return recurrent_forward(q, k, v, g, beta, *rest)
         o, final_state = chunk_forward(*map(two_tokens, (q, k, v, g, beta)), *rest)
         return o[:, :1].contiguous(), final_state
     if is_narrow(q, v):
@@ -335,11 +340,16 @@ def chunk_forward(
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
     else:
         table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens))
-        x = intra_chunk(q, k, g, beta, table, scale)
+        on_hopper = hopper.serves(q, k, v, scale, table)
+        x = intra_chunk(q, k, g, beta, table, scale, scores=not on_hopper)
         final = final_state if output_final_state else None
         if table.segment is not None:
             initial_state = combine(maps(x, k, v, table, last=False), initial_state, final, q, T, table, reverse=False)
-        scan(x, q, k, v, scale, table, o=o, initial_state=initial_state, final_state=final)
+        if on_hopper:
+            from gdn_ops.kernels.hopper.scan import scan as run
+        else:
+            run = scan
+        run(x, q, k, v, scale, table, o=o, initial_state=initial_state, final_state=final)
     return o[..., :V].contiguous(), final_state[:, :, :K, :V].contiguous()
 
 

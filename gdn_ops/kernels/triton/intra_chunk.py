@@ -47,6 +47,7 @@ STRETCH = 1.375
 ALIKE = tl.constexpr(0.35)
 # Below this a gate is an exact zero in fp64 too; clamping keeps -inf and 1e30 out of the sums.
 WEAKEST = tl.constexpr(-1000.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -201,9 +202,16 @@ def _store_likeness(likeness, kk, kk_before, g, first: tl.constexpr):
 
 
 @triton.jit
-def _store_gates(c_sum, from_start, to_end, rate, erasing, c, total, beta, rows, SCALE: tl.constexpr):
+def _store_gates(
+    c_sum, from_start, to_end, rate, erasing, c, total, beta, rows, C: tl.constexpr, SCALE: tl.constexpr
+):  # fmt: skip
     grown = tl.exp(c.to(tl.float32))
-    tl.store(c_sum + rows, c)
+    if c_sum.dtype.element_ty == tl.float64:
+        tl.store(c_sum + rows, c)
+    else:
+        high = (c * LOG2_E).to(tl.float32)
+        tl.store(c_sum + rows, high)
+        tl.store(c_sum + C + rows, (c * LOG2_E - high.to(tl.float64)).to(tl.float32))
     tl.store(from_start + rows, grown)
     if erasing is not None:
         tl.store(rate + rows, beta)
@@ -248,7 +256,8 @@ def invert_kernel(
     LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``scaled`` is ``SCALE * T``, ``to_end`` divided by ``SCALE``, ``inverse`` the transposed inverse, or None.
+    """``c_sum`` in fp64, or two terms of it in units of log2 ``[2, C]`` in fp32. ``scaled`` is ``SCALE * T``,
+    ``to_end`` divided by ``SCALE``, ``inverse`` the transposed inverse, or None.
     ``rest`` and ``likeness [C]`` are scratch, None where fp32 holds all digits."""
     program = tl.program_id(0)
     hv = (program % HV).to(tl.int64)
@@ -259,7 +268,7 @@ def invert_kernel(
     g += b * stride_g_b + begin * stride_g_t + hv * stride_g_h
     beta += b * stride_beta_b + begin * stride_beta_t + hv * stride_beta_h
     here = program.to(tl.int64) * C
-    c_sum += here
+    c_sum += here * (1 if c_sum.dtype.element_ty == tl.float64 else 2)
     from_start += here
     to_end += here
     if erasing is not None:
@@ -297,10 +306,10 @@ def invert_kernel(
     beta1 = tl.load(beta + r1 * stride_beta_t, mask=r1 < length, other=0.0).to(tl.float32)
     beta2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32)
     beta3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32)
-    _store_gates(c_sum, from_start, to_end, rate, erasing, c0, total, beta0, r0, SCALE)
-    _store_gates(c_sum, from_start, to_end, rate, erasing, c1, total, beta1, r1, SCALE)
-    _store_gates(c_sum, from_start, to_end, rate, erasing, c2, total, beta2, r2, SCALE)
-    _store_gates(c_sum, from_start, to_end, rate, erasing, c3, total, beta3, r3, SCALE)
+    _store_gates(c_sum, from_start, to_end, rate, erasing, c0, total, beta0, r0, C, SCALE)
+    _store_gates(c_sum, from_start, to_end, rate, erasing, c1, total, beta1, r1, C, SCALE)
+    _store_gates(c_sum, from_start, to_end, rate, erasing, c2, total, beta2, r2, C, SCALE)
+    _store_gates(c_sum, from_start, to_end, rate, erasing, c3, total, beta3, r3, C, SCALE)
 
     kk00 = tl.zeros([16, 16], dtype=tl.float32)
     kk10 = tl.zeros([16, 16], dtype=tl.float32)
@@ -470,9 +479,9 @@ def score_kernel(
 
 
 class IntraChunk(NamedTuple):
-    """``[chunks, HV, C]`` in fp64 (``c_sum``) or fp32; in the dtype of q ``[chunks, HV, C, C]``. For the backward:
-    two more of each, and ``grown_q [chunks, HV, C, K]``; ``inverse`` is the transposed one. What has been used may have
-    been dropped (None)."""
+    """``[chunks, HV, C]`` in fp64 (``c_sum``) or fp32; in the dtype of q ``[chunks, HV, C, C]``. For the backward: two
+    more of each, and ``grown_q [chunks, HV, C, K]``; ``inverse`` is the transposed one. Without scores ``P`` is
+    scratch, and ``c_sum`` two terms ``[chunks, HV, 2 C]`` in fp32. What has been used may have been dropped (None)."""
 
     c_sum: Tensor
     from_start: Tensor
@@ -535,9 +544,10 @@ def score(
 
 
 def intra_chunk(
-    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, scale: float, backward: bool = False
-) -> IntraChunk:
-    """Runs the two kernels; ``q, k`` have ``stride(-1) == 1``."""
+    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, scale: float, backward: bool = False,
+    scores: bool = True,
+) -> IntraChunk:  # fmt: skip
+    """Runs the two kernels, or without ``scores`` the first; ``q, k`` have ``stride(-1) == 1``."""
     _, T, H, K = q.shape
     HV = g.shape[2]
 
@@ -548,7 +558,9 @@ def intra_chunk(
     stretch = STRETCH if low and not backward else 1.0
     fp32 = partial(buffer, dtype=torch.float32)
     more = (fp32(), fp32(), buffer(CHUNK), buffer(K)) if backward else (None,) * 4
-    x = IntraChunk(buffer(dtype=torch.float64), fp32(), fp32(), buffer(CHUNK), buffer(CHUNK), *more)
+    width, dtype = (CHUNK, torch.float64) if scores else (2 * CHUNK, torch.float32)
+    sums = torch.empty((table.chunks, HV, width), dtype=dtype, device=q.device)
+    x = IntraChunk(sums, fp32(), fp32(), buffer(CHUNK), buffer(CHUNK), *more)
     rest = None
     if low:
         rest = buffer(2 * CHUNK) if backward else x.P  # not P yet
@@ -559,5 +571,6 @@ def intra_chunk(
         K=K, BK=max(16, min(64, triton.next_power_of_2(K))), C=CHUNK, SCALE=stretch, LOW=low_of(q),
         PRECISION=precision_of(q), num_warps=1 if low else 4, num_stages=2,
     )  # fmt: skip
-    score(q, k, x.c_sum, x.P, table, scale / stretch, grown=x.grown_q)
+    if scores:
+        score(q, k, x.c_sum, x.P, table, scale / stretch, grown=x.grown_q)
     return x

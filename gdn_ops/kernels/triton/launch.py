@@ -22,6 +22,11 @@ def traced() -> Iterator[None]:
         _traced.reset(token)
 
 
+def is_traced() -> bool:
+    """Whether a compiler is recording: then only what :func:`launch` can record may run."""
+    return _traced.get()
+
+
 def launch(kernel):
     """``launch(kernel)[grid](...)`` runs the kernel now, or puts it into the graph inside :func:`traced`."""
     return torch.library.wrap_triton(kernel) if _traced.get() else kernel

@@ -1,0 +1,54 @@
+"""Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: so far the forward's scan on Hopper.
+
+They are written in Gluon (``triton.experimental.gluon``, part of Triton), which Inductor does not take: compiled graphs
+and packages hold the portable kernel, its twin.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import triton
+from torch import Tensor
+
+from gdn_ops.kernels.batch_invariance import is_batch_invariant
+from gdn_ops.kernels.triton.chip import chip_of
+from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
+from gdn_ops.kernels.triton.launch import is_traced
+
+
+@cache
+def _has_gluon() -> bool:
+    """In the form that the tests have seen: it is an experiment of Triton's, which the next version may change."""
+    return (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7)
+
+
+def _is_copied(x: Tensor) -> bool:
+    """Whether the copy engine takes ``x [B, T, H, features]``: 16-byte steps, ahead."""
+    strides = [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
+    steps = all(0 < stride < 2**31 and stride % (16 // x.element_size()) == 0 for stride in strides if stride != 1)
+    return x.stride(-1) == 1 and steps and x.data_ptr() % 16 == 0
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable) -> bool:
+    """Whether ``hopper.scan`` may take the place of the portable scores and scan.
+
+    It does for dense batches of 16-bit heads with 64 < K <= 128 and V > 64, on a Hopper GPU, outside compilers.
+    Packed sequences would need the copies of a chunk to end inside a tensor; batch-invariant calls keep one kernel for
+    both.
+    """
+    chip = chip_of(q)
+    return (
+        q.is_cuda
+        and (chip.backend, chip.arch) == ("cuda", 90)
+        and not is_traced()
+        and not is_batch_invariant()
+        and table.cu_seqlens is None
+        and q.element_size() == 2
+        and 64 < q.shape[3] <= 128
+        and v.shape[3] > 64
+        and scale > 0
+        and table.chunks * v.shape[2] * CHUNK < 2**31
+        and all(map(_is_copied, (q, k, v)))
+        and _has_gluon()
+    )

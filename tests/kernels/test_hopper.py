@@ -1,0 +1,226 @@
+"""The kernels for Hopper alone: compiled here, run with ``-m gpu``, and held against their portable twins."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+import gdn_ops
+from gdn_ops.kernels import hopper
+from gdn_ops.kernels.batch_invariance import batch_invariant
+from gdn_ops.kernels.hopper import scan as scan_module
+from gdn_ops.kernels.triton import chunk_forward as portable
+from gdn_ops.kernels.triton.chip import CHIPS
+from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
+from tests.kernels.triton_rule import scale_of
+from tests.oracle import assert_all_close, assert_close, expected, make_inputs
+
+gpu = pytest.mark.gpu
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="a Hopper GPU is needed"
+)
+
+
+def descriptor(block: list[int], element: str) -> str:
+    layout = gl.NVMMASharedLayout(128 if block[-2] > 1 else 0, 16 if element != "fp32" else 32, rank=len(block))
+    return f"tensordesc<{element}{block},{layout!r}>"
+
+
+def build(element: str, K: int, V: int, state: bool):
+    """The kernel as :func:`hopper.scan.scan` would start it, and what ptxas says of it."""
+    kernel = scan_module.hopper_scan_kernel
+    tile, row = [1, 1, CHUNK], [1, CHUNK]
+    types = {
+        "q": descriptor([*tile, scan_module.BK], element),
+        "k": descriptor([*tile, scan_module.BK], element),
+        "v": descriptor([*tile, scan_module.BV], element),
+        "transition": descriptor([CHUNK, CHUNK], element),
+        "sums": descriptor([1, 2 * CHUNK], "fp32"),
+        "from_start": descriptor(row, "fp32"),
+        "to_end": descriptor(row, "fp32"),
+        "o": descriptor([*tile, scan_module.BV], element),
+        **dict.fromkeys(("scale", "score_scale"), "fp32"),
+        **dict.fromkeys(("T", "SEGMENT"), "i32"),
+    }
+    constants = {
+        "H": 2, "HV": 4, "K": K, "V": V, "STAGES": scan_module.STAGES,
+        "TO_COMPUTE": scan_module.REGISTERS_TO_COMPUTE, "TO_LOAD": scan_module.REGISTERS_TO_LOAD,
+    }  # fmt: skip
+    states = dict.fromkeys(("initial_state", "final_state"), "*fp32" if state else None)
+    types.update(states if state else {})
+    constants.update({} if state else states)
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, constexprs=constants)
+    options = {"num_warps": 4, "maxnreg": scan_module.REGISTERS}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.parametrize(
+    "element, K, V, state", [("bf16", 128, 128, True), ("fp16", 128, 128, False), ("bf16", 96, 200, True)]
+)
+def test_compiles_and_fits(tmp_path, element, K, V, state):
+    """Also: ptxas keeps products in flight, which it says where it does not, and nothing to speak of is spilled."""
+    kernel = build(element, K, V, state)
+    assert kernel.metadata.shared <= CHIPS["sm_90"].shared_memory
+    source = tmp_path / "scan.ptx"
+    source.write_text(kernel.asm["ptx"])
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", str(source), "-o", str(tmp_path / "scan.cubin")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "serialized" not in said and "injected" not in said, said
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    assert spilled <= 64, said
+
+
+def test_only_a_hopper_gpu_serves():
+    x = make_inputs(1, 130, 1, 2, 128, 128, torch.bfloat16)
+    assert not hopper.serves(x["q"], x["k"], x["v"], 0.1, chunk_table(1, 130, None, None))
+
+
+def run(x: dict, output_final_state: bool = True) -> dict:
+    state = x.get("initial_state")
+    tokens = [x[name] for name in ("q", "k", "v", "g", "beta")]
+    o, final_state = portable.chunk_forward(*tokens, state, x.get("cu_seqlens"), scale_of(x), output_final_state)
+    return {"o": o, "final_state": final_state} if output_final_state else {"o": o}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every start of the kernel."""
+    made = []
+    original = scan_module.scan
+
+    def scan(*args, **kwargs):
+        made.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(scan_module, "scan", scan)
+    return made
+
+
+SHAPES = [
+    (1, 9, 1, 2, 128, 128),
+    (2, 63, 1, 2, 128, 128),
+    (1, 64, 2, 2, 128, 128),
+    (2, 65, 2, 4, 128, 128),
+    (3, 130, 1, 3, 96, 72),
+    (1, 1000, 2, 4, 128, 200),
+    (1, 513, 1, 2, 80, 512),
+    (1, 4096, 1, 2, 128, 128),  # cut into segments
+]
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize("B, T, H, HV, K, V", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_agrees_with_the_specification_and_repeats(calls, dtype, B, T, H, HV, K, V, state):
+    x = make_inputs(B, T, H, HV, K, V, dtype, "cuda", initial_state=state)
+    got, again = run(x), run(x)
+    assert len(calls) == 2
+    assert_all_close(got, expected(x, scale_of(x)), dtype)
+    assert all(torch.equal(got[name], again[name]) for name in got)
+    assert torch.equal(run(x, output_final_state=False)["o"], got["o"])
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize("gate", [0.0, -0.05, -5.0, -1e4, float("-inf")])
+def test_gates(calls, gate):
+    x = make_inputs(1, 300, 1, 2, 128, 128, torch.bfloat16, "cuda", initial_state=True)
+    x["g"] = torch.full_like(x["g"], gate)
+    x["g"][:, 100:140] *= 0.01 if gate > float("-inf") else 1.0
+    got = run(x)
+    assert calls
+    if gate > float("-inf"):
+        assert_all_close(got, expected(x, scale_of(x)), torch.bfloat16)
+    else:
+        assert all(value.isfinite().all() for value in got.values())
+        assert not got["final_state"].isnan().any()
+
+
+@gpu
+@on_hopper
+def test_agrees_with_its_twin(calls, monkeypatch):
+    """Compiled graphs and packages hold the portable scan."""
+    x = make_inputs(2, 1000, 2, 4, 128, 128, torch.bfloat16, "cuda", initial_state=True)
+    here = run(x)
+    compiled = dict(
+        zip(here, torch.compile(gdn_ops.chunk_gated_delta_rule, fullgraph=True)(**x, output_final_state=True))
+    )
+    monkeypatch.setattr(hopper, "serves", lambda *args: False)
+    there = run(x)
+    assert len(calls) == 1
+    for name in here:
+        assert_close(here[name], there[name], 5e-4, name)
+        assert_close(compiled[name], there[name], 5e-4, name)
+
+
+@gpu
+@on_hopper
+def test_strides_and_what_is_left_to_the_portable_scan(calls):
+    dense = make_inputs(2, 200, 2, 4, 128, 128, torch.bfloat16, "cuda")
+    want = run(dense)
+    assert len(calls) == 1
+    heads_first = {**dense, **{n: dense[n].transpose(1, 2).contiguous().transpose(1, 2) for n in "qkv"}}
+    assert all(torch.equal(want[name], value) for name, value in run(heads_first).items())
+    one = torch.cat([dense[n].flatten(2) for n in "qkv"], dim=-1)
+    parts = dict(zip("qkv", one.split([256, 256, 512], dim=-1)))
+    cut = {**dense, **{n: parts[n].unflatten(-1, (-1, 128)) for n in "qkv"}}
+    assert all(torch.equal(want[name], value) for name, value in run(cut).items())
+    assert len(calls) == 3
+    with batch_invariant():
+        run(dense)
+    repeated = {**dense, "v": dense["v"][:, :, :1].expand(-1, -1, 4, -1)}
+    run(repeated)
+    odd = torch.empty(dense["q"].numel() + 1, dtype=torch.bfloat16, device="cuda")[1:]
+    run({**dense, "q": odd.copy_(dense["q"].flatten()).view_as(dense["q"])})
+    assert len(calls) == 3
+
+
+@gpu
+@on_hopper
+def test_nothing_leaks(calls):
+    """What follows the last token of a sequence lies right behind it in memory; outputs end where the tensor does."""
+    x = make_inputs(3, 70, 1, 2, 128, 128, torch.bfloat16, "cuda", initial_state=True)
+    want = run(x)
+    for name in "qkv":
+        x[name][1] = float("nan")
+    got = run(x)
+    assert calls
+    for row in (0, 2):
+        assert torch.equal(got["o"][row], want["o"][row])
+        assert torch.equal(got["final_state"][row], want["final_state"][row])
+    x = make_inputs(1, 300, 1, 1, 128, 128, torch.bfloat16, "cuda")
+    want = run(x)["o"]
+    for name in "qkv":
+        x[name][:, 192:] = float("nan")
+    assert torch.equal(run(x)["o"][:, :192], want[:, :192])
+
+
+@gpu
+@on_hopper
+def test_inside_a_cuda_graph(calls):
+    x = make_inputs(1, 600, 2, 4, 128, 128, torch.bfloat16, "cuda", initial_state=True)
+    want = run(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(x)
+    for value in got.values():
+        value.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert len(calls) == 2
+    assert all(torch.equal(want[name], value) for name, value in got.items())
