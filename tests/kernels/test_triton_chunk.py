@@ -7,10 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+from gdn_ops.kernels.triton.chunk_forward import FEW
 from tests.kernels.triton_rule import (
     DTYPES,
     LAYOUTS,
     LOW,
+    RECURRENT,
     backward,
     check_chunk,
     chunk,
@@ -59,6 +61,16 @@ def test_heads_narrower_than_a_tensor_core(device, K, V, dtype):
 @pytest.mark.parametrize("bounds", [None, [0, 1], [0, 0, 1, 1]], ids=["dense", "packed", "empty neighbours"])
 def test_one_token(device, bounds):
     check_chunk(make_inputs(1, 1, 1, 2, 16, 24, torch.float16, device, initial_state=True, cu_seqlens=bounds))
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 3, 3, 8]], ids=["dense", "packed"])
+def test_few_tokens_are_the_recurrent_kernels(device, bounds):
+    """Two tokens' worth of rounded numbers may be off together by more than the table allows."""
+    x = make_inputs(1, FEW, 1, 2, 128, 64, torch.bfloat16, device, initial_state=True, cu_seqlens=bounds)
+    few, recurrent = forward(x), forward(x, RECURRENT[True])
+    assert all(torch.equal(few[name], recurrent[name]) for name in few)
+    for seed in range(3):
+        check_chunk(make_inputs(1, 2, 1, 1, 128, 128, torch.bfloat16, device, seed=seed))
 
 
 @pytest.mark.parametrize("K, V, dtype", [(192, 384, torch.float32), (256, 512, torch.bfloat16)])
