@@ -90,6 +90,8 @@ def _gdn_ops_portable(x: Inputs, direction: str) -> Call:
         raise Unavailable(f"gdn_ops portable: expected forward on CUDA, got {direction} on {x.q.device.type}")
     from gdn_ops.kernels import hopper
 
+    if not hopper.is_for(x.q):
+        raise Unavailable("gdn_ops portable: these are gdn_ops' own on this GPU")
     call = _gdn_ops(x, direction)
 
     def run():

@@ -19,10 +19,10 @@ import gdn_ops
 from gdn_ops.kernels import hopper
 from gdn_ops.kernels.batch_invariance import batch_invariant
 from gdn_ops.kernels.hopper import scan as scan_module
-from gdn_ops.kernels.triton import chunk_forward as portable
 from gdn_ops.kernels.triton.chip import CHIPS
+from gdn_ops.kernels.triton.chunk_forward import chunk_forward
 from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
-from tests.kernels.triton_rule import scale_of
+from tests.kernels.triton_rule import arguments_of, forward, scale_of
 from tests.oracle import assert_all_close, assert_close, expected, make_inputs
 
 gpu = pytest.mark.gpu
@@ -37,7 +37,7 @@ def descriptor(block: list[int], element: str) -> str:
 
 
 def build(element: str, K: int, V: int, state: bool):
-    """The kernel as :func:`hopper.scan.scan` would start it, and what ptxas says of it."""
+    """The kernel as :func:`hopper.scan.scan` would start it."""
     kernel = scan_module.hopper_scan_kernel
     tile, row = [1, 1, CHUNK], [1, CHUNK]
     types = {
@@ -88,13 +88,6 @@ def test_only_a_hopper_gpu_serves():
     assert not hopper.serves(x["q"], x["k"], x["v"], 0.1, chunk_table(1, 130, None, None))
 
 
-def run(x: dict, output_final_state: bool = True) -> dict:
-    state = x.get("initial_state")
-    tokens = [x[name] for name in ("q", "k", "v", "g", "beta")]
-    o, final_state = portable.chunk_forward(*tokens, state, x.get("cu_seqlens"), scale_of(x), output_final_state)
-    return {"o": o, "final_state": final_state} if output_final_state else {"o": o}
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """Every start of the kernel."""
@@ -128,11 +121,11 @@ SHAPES = [
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
 def test_agrees_with_the_specification_and_repeats(calls, dtype, B, T, H, HV, K, V, state):
     x = make_inputs(B, T, H, HV, K, V, dtype, "cuda", initial_state=state)
-    got, again = run(x), run(x)
+    got, again = forward(x), forward(x)
     assert len(calls) == 2
     assert_all_close(got, expected(x, scale_of(x)), dtype)
     assert all(torch.equal(got[name], again[name]) for name in got)
-    assert torch.equal(run(x, output_final_state=False)["o"], got["o"])
+    assert torch.equal(forward(x, output_final_state=False)["o"], got["o"])
 
 
 @gpu
@@ -142,7 +135,7 @@ def test_gates(calls, gate):
     x = make_inputs(1, 300, 1, 2, 128, 128, torch.bfloat16, "cuda", initial_state=True)
     x["g"] = torch.full_like(x["g"], gate)
     x["g"][:, 100:140] *= 0.01 if gate > float("-inf") else 1.0
-    got = run(x)
+    got = forward(x)
     assert calls
     if gate > float("-inf"):
         assert_all_close(got, expected(x, scale_of(x)), torch.bfloat16)
@@ -156,12 +149,12 @@ def test_gates(calls, gate):
 def test_agrees_with_its_twin(calls, monkeypatch):
     """Compiled graphs and packages hold the portable scan."""
     x = make_inputs(2, 1000, 2, 4, 128, 128, torch.bfloat16, "cuda", initial_state=True)
-    here = run(x)
+    here = forward(x)
     compiled = dict(
         zip(here, torch.compile(gdn_ops.chunk_gated_delta_rule, fullgraph=True)(**x, output_final_state=True))
     )
     monkeypatch.setattr(hopper, "serves", lambda *args: False)
-    there = run(x)
+    there = forward(x)
     assert len(calls) == 1
     for name in here:
         assert_close(here[name], there[name], 5e-4, name)
@@ -172,21 +165,21 @@ def test_agrees_with_its_twin(calls, monkeypatch):
 @on_hopper
 def test_strides_and_what_is_left_to_the_portable_scan(calls):
     dense = make_inputs(2, 200, 2, 4, 128, 128, torch.bfloat16, "cuda")
-    want = run(dense)
+    want = forward(dense)
     assert len(calls) == 1
     heads_first = {**dense, **{n: dense[n].transpose(1, 2).contiguous().transpose(1, 2) for n in "qkv"}}
-    assert all(torch.equal(want[name], value) for name, value in run(heads_first).items())
+    assert all(torch.equal(want[name], value) for name, value in forward(heads_first).items())
     one = torch.cat([dense[n].flatten(2) for n in "qkv"], dim=-1)
     parts = dict(zip("qkv", one.split([256, 256, 512], dim=-1)))
     cut = {**dense, **{n: parts[n].unflatten(-1, (-1, 128)) for n in "qkv"}}
-    assert all(torch.equal(want[name], value) for name, value in run(cut).items())
+    assert all(torch.equal(want[name], value) for name, value in forward(cut).items())
     assert len(calls) == 3
     with batch_invariant():
-        run(dense)
+        forward(dense)
     repeated = {**dense, "v": dense["v"][:, :, :1].expand(-1, -1, 4, -1)}
-    run(repeated)
+    forward(repeated)
     odd = torch.empty(dense["q"].numel() + 1, dtype=torch.bfloat16, device="cuda")[1:]
-    run({**dense, "q": odd.copy_(dense["q"].flatten()).view_as(dense["q"])})
+    forward({**dense, "q": odd.copy_(dense["q"].flatten()).view_as(dense["q"])})
     assert len(calls) == 3
 
 
@@ -195,32 +188,32 @@ def test_strides_and_what_is_left_to_the_portable_scan(calls):
 def test_nothing_leaks(calls):
     """What follows the last token of a sequence lies right behind it in memory; outputs end where the tensor does."""
     x = make_inputs(3, 70, 1, 2, 128, 128, torch.bfloat16, "cuda", initial_state=True)
-    want = run(x)
+    want = forward(x)
     for name in "qkv":
         x[name][1] = float("nan")
-    got = run(x)
+    got = forward(x)
     assert calls
     for row in (0, 2):
         assert torch.equal(got["o"][row], want["o"][row])
         assert torch.equal(got["final_state"][row], want["final_state"][row])
     x = make_inputs(1, 300, 1, 1, 128, 128, torch.bfloat16, "cuda")
-    want = run(x)["o"]
+    want = forward(x)["o"]
     for name in "qkv":
         x[name][:, 192:] = float("nan")
-    assert torch.equal(run(x)["o"][:, :192], want[:, :192])
+    assert torch.equal(forward(x)["o"][:, :192], want[:, :192])
 
 
 @gpu
 @on_hopper
 def test_inside_a_cuda_graph(calls):
     x = make_inputs(1, 600, 2, 4, 128, 128, torch.bfloat16, "cuda", initial_state=True)
-    want = run(x)
+    want = forward(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = run(x)
-    for value in got.values():
+        got = chunk_forward(*arguments_of(x), scale_of(x), True)
+    for value in got:
         value.fill_(float("nan"))
     graph.replay()
     torch.cuda.synchronize()
     assert len(calls) == 2
-    assert all(torch.equal(want[name], value) for name, value in got.items())
+    assert all(map(torch.equal, want.values(), got))

@@ -23,10 +23,16 @@ def _has_gluon() -> bool:
     return (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7)
 
 
+def is_for(x: Tensor) -> bool:
+    """Whether the GPU that holds ``x`` is the chip, and Triton the version, that these kernels are for."""
+    chip = chip_of(x)
+    return x.is_cuda and (chip.backend, chip.arch) == ("cuda", 90) and _has_gluon()
+
+
 def _is_copied(x: Tensor) -> bool:
     """Whether the copy engine takes ``x [B, T, H, features]``: 16-byte steps, ahead."""
-    strides = [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
-    steps = all(0 < stride < 2**31 and stride % (16 // x.element_size()) == 0 for stride in strides if stride != 1)
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()) if size > 1]
+    steps = all(0 < stride < 2**31 and stride % (16 // x.element_size()) == 0 for stride in strides)
     return x.stride(-1) == 1 and steps and x.data_ptr() % 16 == 0
 
 
@@ -37,10 +43,8 @@ def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable) -> 
     Packed sequences would need the copies of a chunk to end inside a tensor; batch-invariant calls keep one kernel for
     both.
     """
-    chip = chip_of(q)
     return (
-        q.is_cuda
-        and (chip.backend, chip.arch) == ("cuda", 90)
+        is_for(q)
         and not is_traced()
         and not is_batch_invariant()
         and table.cu_seqlens is None
@@ -50,5 +54,4 @@ def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable) -> 
         and scale > 0
         and table.chunks * v.shape[2] * CHUNK < 2**31
         and all(map(_is_copied, (q, k, v)))
-        and _has_gluon()
     )
