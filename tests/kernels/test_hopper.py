@@ -18,12 +18,14 @@ from triton.experimental.gluon._runtime import GluonASTSource
 import gdn_ops
 from gdn_ops.kernels import hopper
 from gdn_ops.kernels.batch_invariance import batch_invariant
+from gdn_ops.kernels.hopper import gradients as gradients_module
 from gdn_ops.kernels.hopper import scan as scan_module
+from gdn_ops.kernels.hopper.both_ways import hopper_both_ways_kernel
 from gdn_ops.kernels.triton.chip import CHIPS
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
 from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
-from tests.kernels.triton_rule import arguments_of, forward, scale_of
-from tests.oracle import assert_all_close, assert_close, expected, make_inputs
+from tests.kernels.triton_rule import arguments_of, check_chunk, chunk, forward, scale_of
+from tests.oracle import assert_all_close, assert_close, cotangents, expected, make_inputs
 
 gpu = pytest.mark.gpu
 on_hopper = pytest.mark.skipif(
@@ -36,51 +38,82 @@ def descriptor(block: list[int], element: str) -> str:
     return f"tensordesc<{element}{block},{layout!r}>"
 
 
-def build(element: str, K: int, V: int, state: bool):
-    """The kernel as :func:`hopper.scan.scan` would start it."""
-    kernel = scan_module.hopper_scan_kernel
-    tile, row = [1, 1, CHUNK], [1, CHUNK]
-    types = {
-        "q": descriptor([*tile, scan_module.BK], element),
-        "k": descriptor([*tile, scan_module.BK], element),
-        "v": descriptor([*tile, scan_module.BV], element),
-        "transition": descriptor([CHUNK, CHUNK], element),
-        "sums": descriptor([1, 2 * CHUNK], "fp32"),
-        "from_start": descriptor(row, "fp32"),
-        "to_end": descriptor(row, "fp32"),
-        "o": descriptor([*tile, scan_module.BV], element),
-        **dict.fromkeys(("scale", "score_scale"), "fp32"),
-        **dict.fromkeys(("T", "SEGMENT"), "i32"),
-    }
-    constants = {
-        "H": 2, "HV": 4, "K": K, "V": V, "STAGES": scan_module.STAGES,
-        "TO_COMPUTE": scan_module.REGISTERS_TO_COMPUTE, "TO_LOAD": scan_module.REGISTERS_TO_LOAD,
-    }  # fmt: skip
-    states = dict.fromkeys(("initial_state", "final_state"), "*fp32" if state else None)
-    types.update(states if state else {})
-    constants.update({} if state else states)
+def built(tmp_path, kernel, types: dict[str, str], constants: dict, registers: int):
+    """Of a kernel for sm_90: shared memory, bytes a thread that are spilled, and what ptxas says."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, signature, constexprs=constants)
-    options = {"num_warps": 4, "maxnreg": scan_module.REGISTERS}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-@pytest.mark.parametrize(
-    "element, K, V, state", [("bf16", 128, 128, True), ("fp16", 128, 128, False), ("bf16", 96, 200, True)]
-)
-def test_compiles_and_fits(tmp_path, element, K, V, state):
-    """Also: ptxas keeps products in flight, which it says where it does not, and nothing to speak of is spilled."""
-    kernel = build(element, K, V, state)
-    assert kernel.metadata.shared <= CHIPS["sm_90"].shared_memory
-    source = tmp_path / "scan.ptx"
-    source.write_text(kernel.asm["ptx"])
-    command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", str(source), "-o", str(tmp_path / "scan.cubin")]
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": registers})
+    (tmp_path / "kernel.ptx").write_text(result.asm["ptx"])
+    files = [str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "kernel.cubin")]
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", *files]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return result.metadata.shared, sum(map(int, re.findall(r"(\d+) bytes spill", said))), said
+
+
+def tiles_of(element: str) -> dict[str, str]:
+    """Descriptors by the names that the kernels have for them."""
+    tokens, row = [1, 1, CHUNK], [1, CHUNK]
+    return {
+        **dict.fromkeys(("q", "k", "dq", "dk"), descriptor([*tokens, scan_module.BK], element)),
+        **dict.fromkeys(("v", "do", "o", "dv", "X"), descriptor([*tokens, scan_module.BV], element)),
+        **dict.fromkeys(("transition", "inverse", "P"), descriptor([CHUNK, CHUNK], element)),
+        "sums": descriptor([1, 2 * CHUNK], "fp32"),
+        **dict.fromkeys(("from_start", "to_end", "erasing", "beta"), descriptor(row, "fp32")),
+        **dict.fromkeys(("states", "dstates"), descriptor([1, scan_module.BV, scan_module.BK], element)),
+        "written": descriptor([1, scan_module.BV, CHUNK], element),
+        **dict.fromkeys(("scale", "score_scale"), "fp32"),
+        **dict.fromkeys(("T", "SEGMENT", "items", "programs"), "i32"),
+    }
+
+
+def check_built(built, spilled: int = 64) -> None:
+    """Also: ptxas keeps products in flight, which it says where it does not, and nothing to speak of is spilled."""
+    shared, bytes_spilled, said = built
+    assert shared <= CHIPS["sm_90"].shared_memory
     assert "serialized" not in said and "injected" not in said, said
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
-    assert spilled <= 64, said
+    assert bytes_spilled <= spilled, said
+
+
+KINDS = [("bf16", 128, 128, True), ("fp16", 128, 128, False), ("bf16", 96, 200, True)]
+ROLES = {"TO_COMPUTE": scan_module.REGISTERS_TO_COMPUTE, "TO_LOAD": scan_module.REGISTERS_TO_LOAD}
+
+
+def with_states(types: dict, constants: dict, names: tuple[str, ...], given: bool) -> tuple[dict, dict]:
+    return (
+        ({**types, **dict.fromkeys(names, "*fp32")}, constants) if given else (types, constants | dict.fromkeys(names))
+    )
+
+
+@pytest.mark.parametrize("element, K, V, state", KINDS)
+def test_the_scan_compiles_and_fits(tmp_path, element, K, V, state):
+    constants = {"H": 2, "HV": 4, "K": K, "V": V, "STAGES": scan_module.STAGES, **ROLES}
+    types, constants = with_states(tiles_of(element), constants, ("initial_state", "final_state"), state)
+    check_built(built(tmp_path, scan_module.hopper_scan_kernel, types, constants, scan_module.REGISTERS))
+
+
+@pytest.mark.parametrize("element, K, V, state", KINDS)
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("maps", [False, True], ids=["both ways", "maps"])
+def test_both_scans_compile_and_fit(tmp_path, element, K, V, state, parts, maps):
+    constants = {"H": 2, "HV": 4, "K": K, "V": V, "PARTS": parts, "STAGES": 4 - parts, "MAP": maps, **ROLES}
+    types, constants = with_states(tiles_of(element), constants, ("after",) if maps else ("before", "after"), state)
+    types, constants = with_states(types, constants, ("leave",), state or maps)
+    if maps:
+        nothing = ("v", "transition", "states", "written", "dstates", "X", "before")
+        types, constants = with_states(types, constants, nothing, False)
+        types = {name: of for name, of in types.items() if name not in nothing}
+    check_built(built(tmp_path, hopper_both_ways_kernel, types, constants, 248 if parts == 1 else 168))
+
+
+@pytest.mark.parametrize("element", ["bf16", "fp16"])
+def test_the_gradients_compile_and_fit(tmp_path, element):
+    wide = descriptor([1, 1, CHUNK, 128], element)
+    types = tiles_of(element) | dict.fromkeys(("v", "do", "dv", "X"), wide) | dict.fromkeys(("dg", "dbeta"), "*fp32")
+    types["written"] = descriptor([1, 128, CHUNK], element)
+    constants = {"H": 2, "HV": 4, "SLOTS": gradients_module.SLOTS, **ROLES}
+    check_built(built(tmp_path, gradients_module.hopper_gradient_kernel, types, constants, 168), 1024)
 
 
 def test_only_a_hopper_gpu_serves():
@@ -217,3 +250,29 @@ def test_inside_a_cuda_graph(calls):
     torch.cuda.synchronize()
     assert len(calls) == 2
     assert all(map(torch.equal, want.values(), got))
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize(
+    "B, T, H, HV, K",
+    [
+        (2, 63, 1, 2, 128),
+        (1, 64, 2, 2, 128),
+        (2, 65, 2, 4, 96),
+        (3, 130, 1, 3, 128),
+        (1, 1000, 2, 8, 128),
+        (1, 4096, 1, 2, 80),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_gradients(monkeypatch, dtype, B, T, H, HV, K, state):
+    made = []
+    original = gradients_module.gradients
+    monkeypatch.setattr(gradients_module, "gradients", lambda *args: (made.append(args), original(*args)))
+    x = make_inputs(B, T, H, HV, K, 128, dtype, "cuda", initial_state=state)
+    first = check_chunk(x)
+    again = chunk(x, *cotangents(x))
+    assert len(made) == 2
+    assert all(torch.equal(first[name], again[name]) for name in first)

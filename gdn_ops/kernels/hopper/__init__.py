@@ -1,4 +1,5 @@
-"""Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: so far the forward's scan on Hopper.
+"""Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: the scans on Hopper and
+segments, and the gradients of the backward.
 
 They are written in Gluon (``triton.experimental.gluon``, part of Triton), which Inductor does not take: compiled graphs
 and packages hold the portable kernel, its twin.
@@ -37,7 +38,7 @@ def _is_copied(x: Tensor) -> bool:
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable) -> bool:
-    """Whether ``hopper.scan`` may take the place of the portable scores and scan.
+    """Whether the kernels here may take the place of the portable ones.
 
     It does for dense batches of 16-bit heads with 64 < K <= 128 and V > 64, on a Hopper GPU, outside compilers.
     Packed sequences would need the copies of a chunk to end inside a tensor; batch-invariant calls keep one kernel for
@@ -55,3 +56,8 @@ def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable) -> 
         and table.chunks * v.shape[2] * CHUNK < 2**31
         and all(map(_is_copied, (q, k, v)))
     )
+
+
+def serves_gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float, table: ChunkTable) -> bool:
+    """Whether ``hopper.gradients`` may: its tiles are of 128 values."""
+    return v.shape[3] == 128 and _is_copied(do) and serves(q, k, v, scale, table)

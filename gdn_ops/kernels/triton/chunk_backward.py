@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_ops.kernels import hopper
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_forward import (
     AHEAD_OF_TIME,
@@ -582,28 +583,42 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
             dS.zero_() if dfinal_state is None else dS.copy_(dfinal_state)
         return *(torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v, g, beta)), dS
     table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2))
-    x = intra_chunk(q, k, g, beta, table, scale, backward=True)
+    on_hopper = hopper.serves_gradients(q, k, v, do, scale, table)
+    x = intra_chunk(q, k, g, beta, table, scale, backward=True, scores=not on_hopper)
     leave = None if initial_state is None else dS
     before, after = initial_state, dfinal_state
+    if on_hopper:  # loaded where they serve: another version of Triton may not have what they need
+        from gdn_ops.kernels.hopper.both_ways import reverse_maps as map_back
+        from gdn_ops.kernels.hopper.both_ways import scan_both_ways as run
+        from gdn_ops.kernels.hopper.gradients import gradients
+    else:
+        map_back, run = reverse_maps, scan_both_ways
     if table.segment is not None:
         forth = maps(x, k, v, table, last=True)
         before = combine(forth, initial_state, None, q, T, table, reverse=False)
         back = Maps(forth.M, forth.B)  # B has been used: its memory takes that of the way back
-        reverse_maps(x, do, k, table, leave=back.B)
+        map_back(x, do, q, k, table, scale, after=dfinal_state, leave=back.B)
         after = combine(back, dfinal_state, leave, q, T, table, reverse=True)
     states = torch.empty((table.chunks, HV, V, K), dtype=q.dtype, device=device)
     written = torch.empty((table.chunks, HV, V, CHUNK), dtype=q.dtype, device=device)
-    dstates, X = torch.empty_like(states), torch.empty_like(written)
-    scan_both_ways(
-        x, do, k, v, table, before=before, after=after, leave=leave, states=states, written=written, dstates=dstates,
-        X=X,
-    )  # fmt: skip
-    # The inverse and P have been used: their memory takes dA and dP; that of T and grown_q is free for what follows.
-    dP, dA, dbeta_of_value = x.P, x.inverse, torch.empty((B, T, HV), dtype=torch.float32, device=device)
-    x = x._replace(T=None, grown_q=None)
+    dstates = torch.empty_like(states)
     # Tokens after the last packed sequence belong to none: their gradients are zeros.
     make = torch.empty if cu_seqlens is None else torch.zeros
-    dq, dk, dv = (make(like.shape, dtype=like.dtype, device=device) for like in (q, k, v))
+    dv = make(v.shape, dtype=v.dtype, device=device)
+    X = dv if on_hopper else torch.empty_like(written)
+    run(
+        x, do, q, k, v, table, scale, before=before, after=after, leave=leave, states=states, written=written,
+        dstates=dstates, X=X,
+    )  # fmt: skip
+    dP, dA = x.P, x.inverse
+    x = x._replace(T=None, grown_q=None, P=None, inverse=None)
+    dq, dk = (make(like.shape, dtype=like.dtype, device=device) for like in (q, k))
+    if on_hopper:
+        del dP, dA
+        dg, dbeta = (torch.empty((B, T, HV), dtype=like.dtype, device=device) for like in (g, beta))
+        gradients(x, do, q, k, v, states, dstates, written, dq, dk, dv, dg, dbeta, scale)
+        return dq, dk, dv, dg, dbeta, dS
+    dbeta_of_value = torch.empty((B, T, HV), dtype=torch.float32, device=device)
     configuration = key_gradient_configuration(q, K, V)
     tiles = triton.cdiv(K, configuration["BK"])
     parts = [like.dtype if tiles == 1 else torch.float32 for like in (g, beta)]

@@ -345,10 +345,9 @@ def chunk_forward(
         final = final_state if output_final_state else None
         if table.segment is not None:
             initial_state = combine(maps(x, k, v, table, last=False), initial_state, final, q, T, table, reverse=False)
+        run = scan
         if on_hopper:  # loaded where it serves: another version of Triton may not have what it needs
             from gdn_ops.kernels.hopper.scan import scan as run
-        else:
-            run = scan
         run(x, q, k, v, scale, table, o=o, initial_state=initial_state, final_state=final)
     return o[..., :V].contiguous(), final_state[:, :, :K, :V].contiguous()
 

@@ -1,0 +1,551 @@
+"""Both scans of the backward on Hopper, by roles as in ``scan.py``: a loader, and warpgroups with 64 columns of values.
+
+Even programs are the forward scan, which writes the state before each chunk and V', odd ones carry the gradient of the
+state back (``kernels/triton/chunk_backward.py`` has the formulas). What they write leaves by the copy engine. The way
+back makes its scores itself, a chunk ahead, while it waits for products of its chain; ``scale exp(c)`` stands with the
+rows of dO, not of Q. X is left with the tokens first, in the memory of dv, whose tiles take its place.
+
+Alone, the way back is the reverse map of segments.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gdn_ops.kernels.hopper.scan import BK, BV, _exp2, _heads, _last_of, _next, _rows, _state_tile
+from gdn_ops.kernels.triton.chip import chip_of
+from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
+from gdn_ops.kernels.triton.intra_chunk import IntraChunk
+
+
+@gluon.jit
+def _load_forth(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr, PARTS: gl.constexpr):
+    _, k, v, _, transition, _, _, from_start, to_end, _ = tensors
+    _, k_s, v_s, t_s, _, g_s, d_s, _ = tiles
+    C: gl.constexpr = k.block_type.shape[2]
+    BV: gl.constexpr = v.block_type.shape[3]
+    STAGES: gl.constexpr = k_s.shape[0]
+    BYTES: gl.constexpr = (
+        k.block_type.nbytes
+        + PARTS * v.block_type.nbytes
+        + transition.block_type.nbytes
+        + from_start.block_type.nbytes
+        + to_end.block_type.nbytes
+    )
+    stage = 0
+    phase = 1
+    row = chunk * HV + hv
+    token = begin
+    for _ in range(chunks):
+        mbarrier.wait(empty.index(stage), phase)
+        ready = full.index(stage)
+        mbarrier.expect(ready, BYTES)
+        tma.async_copy_global_to_shared(k, [b, h, token, 0], ready, k_s.index(stage))
+        tma.async_copy_global_to_shared(transition, [row * C, 0], ready, t_s.index(stage))
+        for part in gl.static_range(PARTS):
+            at = v_s.index(PARTS * stage + part)
+            tma.async_copy_global_to_shared(v, [b, hv, token, v0 + part * BV], ready, at)
+        tma.async_copy_global_to_shared(from_start, [row, 0], ready, g_s.index(stage))
+        tma.async_copy_global_to_shared(to_end, [row, 0], ready, d_s.index(stage))
+        row += HV
+        token += C
+        stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _load_back(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr, PARTS: gl.constexpr):
+    q, k, _, do, _, inverse, sums, from_start, to_end, erasing = tensors
+    q_s, k_s, v_s, t_s, c_s, g_s, d_s, e_s = tiles
+    C: gl.constexpr = k.block_type.shape[2]
+    BV: gl.constexpr = do.block_type.shape[3]
+    STAGES: gl.constexpr = k_s.shape[0]
+    BYTES: gl.constexpr = (
+        q.block_type.nbytes
+        + k.block_type.nbytes
+        + PARTS * do.block_type.nbytes
+        + inverse.block_type.nbytes
+        + sums.block_type.nbytes
+        + from_start.block_type.nbytes
+        + to_end.block_type.nbytes
+        + erasing.block_type.nbytes
+    )
+    stage = 0
+    phase = 1
+    row = (chunk + chunks - 1) * HV + hv
+    token = begin + (chunks - 1) * C
+    for _ in range(chunks):
+        mbarrier.wait(empty.index(stage), phase)
+        ready = full.index(stage)
+        mbarrier.expect(ready, BYTES)
+        tma.async_copy_global_to_shared(k, [b, h, token, 0], ready, k_s.index(stage))
+        tma.async_copy_global_to_shared(q, [b, h, token, 0], ready, q_s.index(stage))
+        tma.async_copy_global_to_shared(sums, [row, 0], ready, c_s.index(stage))
+        for part in gl.static_range(PARTS):
+            at = v_s.index(PARTS * stage + part)
+            tma.async_copy_global_to_shared(do, [b, hv, token, v0 + part * BV], ready, at)
+        tma.async_copy_global_to_shared(to_end, [row, 0], ready, d_s.index(stage))
+        tma.async_copy_global_to_shared(inverse, [row * C, 0], ready, t_s.index(stage))
+        tma.async_copy_global_to_shared(erasing, [row, 0], ready, e_s.index(stage))
+        tma.async_copy_global_to_shared(from_start, [row, 0], ready, g_s.index(stage))
+        row -= HV
+        token -= C
+        stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _load(
+    tensors, tiles, full, empty, forth, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr, PARTS: gl.constexpr,
+    MAP: gl.constexpr,
+):  # fmt: skip
+    if MAP:
+        _load_back(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV, PARTS)
+    elif forth:
+        _load_forth(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV, PARTS)
+    else:
+        _load_back(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV, PARTS)
+
+
+@gluon.jit
+def _likeness(q_s, k_s, stage, PARTS: gl.constexpr, part: gl.constexpr):
+    """Starts a warpgroup's columns of ``Q K^T``."""
+    C: gl.constexpr = k_s.shape[3]
+    BK: gl.constexpr = k_s.shape[4]
+    WIDTH: gl.constexpr = C // PARTS
+    of_p: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
+    none = gl.zeros([C, WIDTH], gl.float32, of_p)
+    k_kj = k_s.index(stage).reshape([C, BK]).slice(part * WIDTH, WIDTH).permute((1, 0))
+    return warpgroup_mma(q_s.index(stage).reshape([C, BK]), k_kj, none, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _decays(c_s, stage, score_scale, C: gl.constexpr, PARTS: gl.constexpr, part: gl.constexpr):
+    WIDTH: gl.constexpr = C // PARTS
+    of_p: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
+    along_i: gl.constexpr = gl.SliceLayout(1, of_p)
+    along_j: gl.constexpr = gl.SliceLayout(0, of_p)
+    sums = c_s.index(stage).reshape([2 * C])
+    high_i = sums.slice(0, C).load(along_i)
+    low_i = sums.slice(C, C).load(along_i) + score_scale
+    high_j = sums.slice(part * WIDTH, WIDTH).load(along_j)
+    low_j = sums.slice(C + part * WIDTH, WIDTH).load(along_j)
+    return _exp2((high_i[:, None] - high_j[None, :]) + (low_i[:, None] - low_j[None, :]))
+
+
+@gluon.jit
+def _keep_scores(qk_cj, D_cj, p_cc, PARTS: gl.constexpr, part: gl.constexpr):
+    C: gl.constexpr = qk_cj.shape[0]
+    WIDTH: gl.constexpr = qk_cj.shape[1]
+    rows = gl.arange(0, C, gl.SliceLayout(1, qk_cj.type.layout))
+    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, qk_cj.type.layout))
+    lower = rows[:, None] >= part * WIDTH + columns[None, :]
+    p_cc.slice(part * WIDTH, WIDTH, 1).store(gl.where(lower, qk_cj * D_cj, 0.0).to(p_cc.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def _enter(state, at, v0, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, layout: gl.constexpr):
+    """A tile ``[BV, BK]`` of a state in memory (None: zeros), each number of which the compiler believes to be another:
+    of equal ones ptxas runs the products one by one (C7511)."""
+    if state is None:
+        S_vk = gl.zeros([BV, BK], gl.float32, layout)
+        S_vk = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [S_vk], dtype=gl.float32, is_pure=False, pack=1)
+    else:
+        offsets, mask = _state_tile(v0, K, V, BK, BV, layout)
+        S_vk = gl.load(state + at.to(gl.int64) * (K * V) + offsets, mask=mask, other=0.0).to(gl.float32)
+    return S_vk
+
+
+@gluon.jit
+def _forth(
+    outs,
+    before,
+    place,
+    tiles,
+    s_out,
+    n_out,
+    full,
+    empty,
+    HV: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    PARTS: gl.constexpr,
+    part: gl.constexpr,
+):
+    states, written, _, _ = outs
+    _, _, hv, v0, segment, row, _, _, _, chunks = place
+    _, k_s, v_s, t_s, _, g_s, d_s, _ = tiles
+    STAGES: gl.constexpr = k_s.shape[0]
+    C: gl.constexpr = k_s.shape[3]
+    BK: gl.constexpr = k_s.shape[4]
+    BV: gl.constexpr = v_s.shape[4]
+    dtype: gl.constexpr = k_s.dtype
+    of_k: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
+    of_c: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    left_c: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_c, k_width=2)
+    left_k: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_k, k_width=2)
+    along_c: gl.constexpr = gl.SliceLayout(0, of_c)
+    v0 += part * BV
+    none_c = gl.zeros([BV, C], gl.float32, of_c)
+    s_tile = s_out.index(part)
+    n_tile = n_out.index(part)
+    S_vk = _enter(before, segment * HV + hv, v0, K, V, BK, BV, of_k)
+    low_vk = S_vk.to(dtype)
+    mbarrier.wait(full.index(0), 0)
+    S_vk = S_vk * _last_of(g_s.index(0), along_c, C)
+    stage = 0
+    phase = 0
+    for i in range(chunks):
+        mbarrier.wait(full.index(stage), phase)
+        k_ck = k_s.index(stage).reshape([C, BK])
+        v_cv = v_s.index(PARTS * stage + part).reshape([C, BV])
+        t_jc = t_s.index(stage).permute((1, 0))
+        S_low = gl.convert_layout(low_vk, left_c)
+        stored_vc = warpgroup_mma(S_low, k_ck.permute((1, 0)), none_c, use_acc=False, is_async=True)
+        w_vc = warpgroup_mma(v_cv.permute((1, 0)), t_jc, none_c, use_acc=False, is_async=True)
+        tma.store_wait(0)
+        s_tile.reshape([BV, BK]).store(low_vk)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(states, [row, v0, 0], s_tile)
+        grown_c = g_s.index(stage).reshape([C]).load(along_c)
+        decay_c = d_s.index(stage).reshape([C]).load(along_c)
+        stored_vc, w_vc = warpgroup_mma_wait(0, deps=(stored_vc, w_vc))
+        erased_vc = gl.convert_layout((stored_vc * -grown_c[None, :]).to(dtype), left_c)
+        new_vc = warpgroup_mma(erased_vc, t_jc, w_vc, is_async=True)
+        new_vc = warpgroup_mma_wait(0, deps=(new_vc,))
+        decayed_vc = gl.convert_layout((new_vc * decay_c[None, :]).to(dtype), left_k)
+        S_vk = warpgroup_mma(decayed_vc, k_ck, S_vk, is_async=True)
+        n_tile.reshape([BV, C]).store(new_vc.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(written, [row, v0, 0], n_tile)
+        more = i + 1 < chunks
+        ahead, phase_ahead = _next(stage, phase, STAGES)
+        mbarrier.wait(full.index(ahead), phase_ahead, pred=more)
+        whole = gl.where(more, _last_of(g_s.index(ahead), along_c, C), 1.0)
+        S_vk = warpgroup_mma_wait(0, deps=(S_vk,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        low_vk = S_vk.to(dtype)
+        S_vk = S_vk * whole
+        row += HV
+        stage = ahead
+        phase = phase_ahead
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _back(
+    outs,
+    states_in,
+    scales,
+    place,
+    tiles,
+    p_s,
+    s_out,
+    n_out,
+    full,
+    empty,
+    scored,
+    HV: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    PARTS: gl.constexpr,
+    MAP: gl.constexpr,
+    part: gl.constexpr,
+):
+    _, _, dstates, X = outs
+    _, after, leave = states_in
+    scale, score_scale = scales
+    b, first_token, hv, v0, segment, row, n, first, last, chunks = place
+    q_s, k_s, v_s, t_s, c_s, g_s, d_s, e_s = tiles
+    STAGES: gl.constexpr = k_s.shape[0]
+    C: gl.constexpr = k_s.shape[3]
+    BK: gl.constexpr = k_s.shape[4]
+    BV: gl.constexpr = v_s.shape[4]
+    dtype: gl.constexpr = k_s.dtype
+    of_k: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
+    of_c: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    left_c: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_c, k_width=2)
+    left_k: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_k, k_width=2)
+    along_c: gl.constexpr = gl.SliceLayout(0, of_c)
+    along_left: gl.constexpr = gl.SliceLayout(0, left_k)
+    v0 += part * BV
+    none_c = gl.zeros([BV, C], gl.float32, of_c)
+    s_tile = s_out.index(part)
+    n_tile = n_out.index(part)
+    if MAP and after is not None:
+        S_vk = _enter(None, n, v0, K, V, BK, BV, of_k)
+        if last:
+            S_vk = _enter(after, n * HV + hv, v0, K, V, BK, BV, of_k)
+    else:
+        S_vk = _enter(after, segment * HV + hv, v0, K, V, BK, BV, of_k)
+    low_vk = S_vk.to(dtype)
+    mbarrier.wait(full.index(0), 0)
+    S_vk = S_vk * _last_of(g_s.index(0), along_c, C)
+    qk_cj = _likeness(q_s, k_s, 0, PARTS, part)
+    D_cj = _decays(c_s, 0, score_scale, C, PARTS, part)
+    qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
+    _keep_scores(qk_cj, D_cj, p_s.index(0), PARTS, part)
+    mbarrier.arrive(scored.index(0), count=1)
+    token = first_token + (chunks - 1) * C
+    row += (chunks - 1) * HV
+    stage = 0
+    phase = 0
+    for i in range(chunks):
+        k_ck = k_s.index(stage).reshape([C, BK])
+        do_vc = v_s.index(PARTS * stage + part).reshape([C, BV]).permute((1, 0))
+        S_low = gl.convert_layout(low_vk, left_c)
+        kept_vc = warpgroup_mma(S_low, k_ck.permute((1, 0)), none_c, use_acc=False, is_async=True)
+        mbarrier.wait(scored.index(i & 1), i >> 1 & 1)
+        e_vc = warpgroup_mma(do_vc, p_s.index(i & 1), none_c, use_acc=False, is_async=True)
+        if not MAP:
+            tma.store_wait(0)
+            s_tile.reshape([BV, BK]).store(low_vk)
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dstates, [row, v0, 0], s_tile)
+        more = i + 1 < chunks
+        ahead, phase_ahead = _next(stage, phase, STAGES)
+        grown_c = g_s.index(stage).reshape([C]).load(along_left) * scale
+        grown_vc = (do_vc.load(left_k).to(gl.float32) * grown_c[None, :]).to(dtype)
+        decay_c = d_s.index(stage).reshape([C]).load(along_c)
+        erasing_c = e_s.index(stage).reshape([C]).load(along_c)
+        kept_vc, e_vc = warpgroup_mma_wait(0, deps=(kept_vc, e_vc))
+        dnew_vc = gl.convert_layout((kept_vc * decay_c[None, :] + e_vc).to(dtype), left_c)
+        x_vc = warpgroup_mma(dnew_vc, t_s.index(stage).permute((1, 0)), none_c, use_acc=False, is_async=True)
+        S_vk = warpgroup_mma(grown_vc, q_s.index(stage).reshape([C, BK]), S_vk, is_async=True)
+        # The scores of the chunk ahead; after the last one, of what is there.
+        mbarrier.wait(full.index(ahead), phase_ahead, pred=more)
+        qk_cj = _likeness(q_s, k_s, ahead, PARTS, part)
+        D_cj = _decays(c_s, ahead, score_scale, C, PARTS, part)
+        whole = gl.where(more, _last_of(g_s.index(ahead), along_c, C), 1.0)
+        x_vc = warpgroup_mma_wait(2, deps=(x_vc,))
+        erased_vc = gl.convert_layout((x_vc * erasing_c[None, :]).to(dtype), left_k)
+        S_vk = warpgroup_mma(erased_vc, k_ck, S_vk, is_async=True)
+        if not MAP:
+            n_tile.reshape([C, BV]).permute((1, 0)).store(x_vc.to(dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(X, [b, hv, token, v0], n_tile)
+        qk_cj, S_vk = warpgroup_mma_wait(0, deps=(qk_cj, S_vk))
+        mbarrier.arrive(empty.index(stage), count=1)
+        _keep_scores(qk_cj, D_cj, p_s.index((i + 1) & 1), PARTS, part)
+        mbarrier.arrive(scored.index((i + 1) & 1), count=1)
+        low_vk = S_vk.to(dtype)
+        S_vk = S_vk * whole
+        row -= HV
+        token -= C
+        stage = ahead
+        phase = phase_ahead
+    if leave is not None:
+        if MAP:
+            offsets, mask = _state_tile(v0, K, V, BK, BV, of_k)
+            gl.store(leave + (segment * HV + hv).to(gl.int64) * (K * V) + offsets, S_vk, mask=mask)
+        elif first:
+            offsets, mask = _state_tile(v0, K, V, BK, BV, of_k)
+            gl.store(leave + (n * HV + hv).to(gl.int64) * (K * V) + offsets, S_vk, mask=mask)
+    if not MAP:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _compute(
+    outs,
+    states_in,
+    scales,
+    forth,
+    place,
+    tiles,
+    p_s,
+    s_out,
+    n_out,
+    full,
+    empty,
+    scored,
+    HV: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    PARTS: gl.constexpr,
+    MAP: gl.constexpr,
+    part: gl.constexpr,
+):
+    if MAP:
+        _back(outs, states_in, scales, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V, PARTS, MAP, part)
+    elif forth:
+        _forth(outs, states_in[0], place, tiles, s_out, n_out, full, empty, HV, K, V, PARTS, part)
+    else:
+        _back(outs, states_in, scales, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V, PARTS, MAP, part)
+
+
+@gluon.jit
+def hopper_both_ways_kernel(
+    q,
+    k,
+    v,
+    do,
+    transition,
+    inverse,
+    sums,
+    from_start,
+    to_end,
+    erasing,
+    states,
+    written,
+    dstates,
+    X,
+    before,
+    after,
+    leave,
+    scale,
+    score_scale,
+    T,
+    SEGMENT,
+    H: gl.constexpr,
+    HV: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TO_COMPUTE: gl.constexpr,
+    TO_LOAD: gl.constexpr,
+    MAP: gl.constexpr,
+):
+    """``before`` and ``after`` are of each segment, ``leave`` of each sequence, the three may be None. With ``MAP``
+    there is the way back alone, over all segments but first ones: ``after`` is of each sequence, ``leave`` of each
+    segment, nothing else is written."""
+    C: gl.constexpr = k.block_type.shape[2]
+    BV: gl.constexpr = do.block_type.shape[3]
+    NV: gl.constexpr = (V + PARTS * BV - 1) // (PARTS * BV)
+    NT = (T + C - 1) // C
+    parts = (NT + SEGMENT - 1) // SEGMENT
+    program = gl.program_id(0)
+    forth = program % 2 == 0
+    if not MAP:
+        program = program // 2
+    v0 = program % NV * (PARTS * BV)
+    hv = program // NV % HV
+    segment = program // (NV * HV)
+    if MAP:
+        segment = segment // (parts - 1) * parts + segment % (parts - 1) + 1
+    b = segment // parts
+    part = segment % parts
+    first = part * SEGMENT
+    chunks = gl.minimum(SEGMENT, NT - first)
+    chunk = b * NT + first
+
+    dtype: gl.constexpr = k.dtype
+    q_s = gl.allocate_shared_memory(dtype, [STAGES] + q.block_type.shape, q.layout)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES] + k.block_type.shape, k.layout)
+    v_s = gl.allocate_shared_memory(dtype, [PARTS * STAGES] + do.block_type.shape, do.layout)
+    t_s = gl.allocate_shared_memory(dtype, [STAGES] + inverse.block_type.shape, inverse.layout)
+    c_s = gl.allocate_shared_memory(gl.float32, [STAGES] + sums.block_type.shape, sums.layout)
+    g_s = gl.allocate_shared_memory(gl.float32, [STAGES] + from_start.block_type.shape, from_start.layout)
+    d_s = gl.allocate_shared_memory(gl.float32, [STAGES] + to_end.block_type.shape, to_end.layout)
+    e_s = gl.allocate_shared_memory(gl.float32, [STAGES] + erasing.block_type.shape, erasing.layout)
+    p_s = gl.allocate_shared_memory(dtype, [2] + inverse.block_type.shape, inverse.layout)
+    if MAP:
+        s_out = p_s
+        n_out = p_s
+    else:
+        s_out = gl.allocate_shared_memory(dtype, [PARTS] + states.block_type.shape, states.layout)
+        n_out = gl.allocate_shared_memory(dtype, [PARTS] + X.block_type.shape, X.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    scored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=PARTS)
+    for i in gl.static_range(2):
+        mbarrier.init(scored.index(i), count=PARTS)
+    fence_async_shared()
+
+    tensors = (q, k, v, do, transition, inverse, sums, from_start, to_end, erasing)
+    tiles = (q_s, k_s, v_s, t_s, c_s, g_s, d_s, e_s)
+    outs = (states, written, dstates, X)
+    states_in = (before, after, leave)
+    scales = (scale, score_scale)
+    place = (b, first * C, hv, v0, segment, chunk * HV + hv, b, part == 0, part == parts - 1, chunks)
+    h = hv // (HV // H)
+    if PARTS == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _compute,
+                    (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V,
+                     PARTS, MAP, 0),
+                ),
+                (_load, (tensors, tiles, full, empty, forth, b, first * C, h, hv, v0, chunk, chunks, HV, PARTS, MAP)),
+            ],
+            [1],
+            [TO_LOAD],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _compute,
+                    (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V,
+                     PARTS, MAP, 0),
+                ),
+                (
+                    _compute,
+                    (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V,
+                     PARTS, MAP, 1),
+                ),
+                (_load, (tensors, tiles, full, empty, forth, b, first * C, h, hv, v0, chunk, chunks, HV, PARTS, MAP)),
+            ],
+            [4, 1],
+            [TO_COMPUTE, TO_LOAD],
+        )  # fmt: skip
+
+
+def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles of the matrices ``x [chunks, HV, rows, columns]``."""
+    x = x.flatten(0, 1)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, columns], layout)
+
+
+def _launch(x: IntraChunk, do, q, k, table: ChunkTable, scale: float, programs: int, **arguments) -> None:
+    """``programs`` pieces of 64 columns of values, two of them in a program where they are too many for one each."""
+    T, H, K = k.shape[1:]
+    HV, V = do.shape[2:]
+    parts = 1 if programs * HV * triton.cdiv(V, BV) <= chip_of(k).multiprocessors else 2
+    hopper_both_ways_kernel[(programs * HV * triton.cdiv(V, parts * BV),)](
+        _heads(q, BK), _heads(k, BK), do=_heads(do, BV), inverse=_rows(x.inverse, CHUNK), sums=_rows(x.c_sum, 1),
+        from_start=_rows(x.from_start, 1), to_end=_rows(x.to_end, 1), erasing=_rows(x.erasing, 1), scale=scale,
+        score_scale=math.log2(scale), T=T, SEGMENT=table.segment or triton.cdiv(T, CHUNK), H=H, HV=HV, K=K, V=V,
+        PARTS=parts, STAGES=3 if parts == 1 else 2, TO_COMPUTE=240, TO_LOAD=24, num_warps=4,
+        maxnreg=248 if parts == 1 else 168, **arguments,
+    )  # fmt: skip
+
+
+def scan_both_ways(
+    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, v: Tensor, table: ChunkTable, scale: float, *,
+    before: Tensor | None, after: Tensor | None, leave: Tensor | None,
+    states: Tensor, written: Tensor, dstates: Tensor, X: Tensor,
+) -> None:  # fmt: skip
+    """``before`` and ``after`` are those of each segment, ``X [B, T, HV, V]``."""
+    _launch(
+        x, do, q, k, table, scale, 2 * table.segments, v=_heads(v, BV), transition=_rows(x.T, CHUNK),
+        states=_tiles(states, BV, BK), written=_tiles(written, BV, CHUNK), dstates=_tiles(dstates, BV, BK),
+        X=_heads(X, BV), before=before, after=after, leave=leave, MAP=False,
+    )  # fmt: skip
+
+
+def reverse_maps(
+    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, table: ChunkTable, scale: float, *, after: Tensor | None,
+    leave: Tensor,
+) -> None:  # fmt: skip
+    """``dS`` before each segment but first ones, from zero or for last segments from ``after [N, HV, K, V]``."""
+    nothing = dict.fromkeys(("v", "transition", "states", "written", "dstates", "X", "before"))
+    _launch(x, do, q, k, table, scale, table.segments - table.sequences, after=after, leave=leave, MAP=True, **nothing)
