@@ -22,9 +22,15 @@ def segment_of(x: dict, **cut) -> int | None:
         return segment_length(x["q"], x["v"], x["cu_seqlens"])
 
 
+def remembering(x: dict) -> dict:
+    """With gates so weak that a segment passes on what it was given; the usual ones leave nothing of it, and its ``M``
+    could be anything small."""
+    return {**x, "g": x["g"] / 50}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_segments_of_two_chunks_and_a_short_last_one(device, dtype):
-    x = make_inputs(1, 4 * 64 + 7, 1, 2, 24, 40, dtype, device, initial_state=True)
+    x = remembering(make_inputs(1, 4 * 64 + 7, 1, 2, 24, 40, dtype, device, initial_state=True))
     assert segment_of(x, shortest_segment=2) == 3
     check_chunk(x, shortest_segment=2)
 
@@ -35,11 +41,30 @@ def test_rows_of_one_chunk_segments_without_initial_state(device):
     check_chunk(x, shortest_segment=1)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_rows_and_heads_begin_and_end_with_their_own_states(device, parts):
+    """Two segments have no map, three one, which serves both ways, five three."""
+    x = remembering(make_inputs(2, 64 * parts - 5, 1, 2, 16, 24, device=device, initial_state=True))
+    assert segment_of(x, shortest_segment=1) == 1
+    check_chunk(x, shortest_segment=1)
+
+
+def test_states_of_16_bits(device):
+    x = remembering(make_inputs(1, 150, 1, 1, 16, 16, device=device, initial_state=True))
+    do, ds = cotangents(x)
+    low, ds = x["initial_state"].bfloat16(), ds.bfloat16()
+    x["initial_state"] = low.float()
+    want, cut = expected(x, scale_of(x), do=do, ds=ds), {"shortest_segment": 1}
+    got = {**forward({**x, "initial_state": low}, **cut), **backward(x, do, ds, **cut)}
+    assert_all_close(got, want, torch.float32)
+
+
 @pytest.mark.parametrize("bounds", [[0, 0, 201, 201], [0, 70, 70, 71, 265]], ids=lambda b: "-".join(map(str, b)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_sequences_in_segments(device, dtype, bounds):
-    """Empty sequences, which have no segment, before and behind; one shorter than a segment; one of several."""
-    x = make_inputs(1, max(bounds[-1], 202), 1, 1, 16, 24, dtype, device, initial_state=True, cu_seqlens=bounds)
+    """Empty sequences, which have no segment, before, between and behind; some of one, two and four."""
+    T = max(bounds[-1], 202)
+    x = remembering(make_inputs(1, T, 1, 2, 16, 24, dtype, device, initial_state=True, cu_seqlens=bounds))
     assert segment_of(x, shortest_segment=1) == 1
     if x["q"].shape[1] == bounds[-1]:
         check_chunk(x, shortest_segment=1)
@@ -70,7 +95,7 @@ def test_strong_gates_end_a_map(device):
 
 
 def test_without_final_state(device):
-    x = make_inputs(1, 150, 1, 1, 16, 16, device=device, initial_state=True)
+    x = remembering(make_inputs(1, 150, 1, 1, 16, 16, device=device, initial_state=True))
     do, ds = cotangents(x)
     want = expected(x, scale_of(x), do=do, ds=ds * 0)
     cut = {"shortest_segment": 1}

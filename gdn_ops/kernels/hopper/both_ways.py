@@ -530,11 +530,11 @@ def _launch(x: IntraChunk, do, q, k, table: ChunkTable, scale: float, programs: 
 
 
 def scan_both_ways(
-    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, v: Tensor, table: ChunkTable, scale: float, *,
+    x: IntraChunk, do: Tensor, k: Tensor, v: Tensor, table: ChunkTable, *, q: Tensor, scale: float,
     before: Tensor | None, after: Tensor | None, leave: Tensor | None,
     states: Tensor, written: Tensor, dstates: Tensor, X: Tensor,
 ) -> None:  # fmt: skip
-    """``before`` and ``after`` are those of each segment, ``X [B, T, HV, V]``."""
+    """``before`` and ``after`` are those of each segment, ``X [B, T, HV, V]``; ``x`` is without scores."""
     _launch(
         x, do, q, k, table, scale, 2 * table.segments, v=_heads(v, BV), transition=_rows(x.T, CHUNK),
         states=_tiles(states, BV, BK), written=_tiles(written, BV, CHUNK), dstates=_tiles(dstates, BV, BK),
@@ -543,9 +543,9 @@ def scan_both_ways(
 
 
 def reverse_maps(
-    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, table: ChunkTable, scale: float, *, after: Tensor | None,
+    x: IntraChunk, do: Tensor, k: Tensor, table: ChunkTable, *, q: Tensor, scale: float, enter: Tensor | None,
     leave: Tensor,
 ) -> None:  # fmt: skip
-    """``dS`` before each segment but first ones, from zero or for last segments from ``after [N, HV, K, V]``."""
+    """``dS`` before each segment but first ones, from zero or for last segments from ``enter [N, HV, K, V]``."""
     nothing = dict.fromkeys(("v", "transition", "states", "written", "dstates", "X", "before"))
-    _launch(x, do, q, k, table, scale, table.segments - table.sequences, after=after, leave=leave, MAP=True, **nothing)
+    _launch(x, do, q, k, table, scale, table.segments - table.sequences, after=enter, leave=leave, MAP=True, **nothing)

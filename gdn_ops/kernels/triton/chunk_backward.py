@@ -32,6 +32,8 @@ Source of the chunk form: arXiv 2412.06464, section 3.3; the tests check the der
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -92,14 +94,20 @@ def reverse_segment(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The work of one program. ``enter`` is ``dS`` after each segment (None: zeros). With ``dstates`` None nothing is
-    written but ``leave``, ``dS`` before each segment; else ``leave`` is that before each sequence, or None."""
+    """The work of one program. ``enter`` is ``dS`` after each segment, ``leave`` that before each sequence, or None.
+
+    With ``dstates`` None this is a map: ``enter`` is ``dS`` after each sequence, all segments but its last start from
+    zero, and nothing is written but ``leave``, ``dS`` before each but its first. ``enter`` may be None: zeros.
+    """
+    MAP: tl.constexpr = dstates is None
     NV: tl.constexpr = (V + BV - 1) // BV
     hv = (program // NV % HV).to(tl.int64)
     segment = (program // (NV * HV)).to(tl.int64)
-    n, b, begin, end, first_chunk, first, _, exists = segment_of(
+    n, b, begin, end, first_chunk, first, last, exists = segment_of(
         segment, T, N, SEGMENT, cu_seqlens, chunk_offsets, segment_offsets, C
     )
+    if MAP:
+        exists = exists & (not first)
     h = hv // (HV // H)
     rows = tl.arange(0, C)
     square = rows[:, None] * C + rows[None, :]
@@ -122,15 +130,16 @@ def reverse_segment(
     erasing += here * C
     from_start += here * C
     to_end += here * C
-    if dstates is not None:
+    if not MAP:
         X += here * C * V
         dstates += here * K * V
 
     if enter is None:
         dS_vk = tl.zeros([BV, BK], dtype=tl.float32)
     else:
-        enter += (segment * HV + hv) * K * V
-        dS_vk = tl.load(enter + state_offsets, mask=mask_vk & exists, other=0.0).to(tl.float32)
+        enter += ((n if MAP else segment) * HV + hv) * K * V
+        entered = exists & last if MAP else exists
+        dS_vk = tl.load(enter + state_offsets, mask=mask_vk & entered, other=0.0).to(tl.float32)
     for i in range(0, chunks):
         real = rows < length - (chunks - 1 - i) * C
         do_cv = tl.load(
@@ -149,7 +158,7 @@ def reverse_segment(
         # Not by +, which would make the other product wait for this one and add to it.
         dnew_vc = tl.fma(kept_vc, tl.broadcast_to(decay_c[None, :], [BV, C]), e_vc)
         x_vc = tl.dot(dnew_vc.to(k_ck.dtype), tl.trans(inverse_cc), input_precision=PRECISION)
-        if dstates is not None:
+        if not MAP:
             tl.store(dstates + in_v[:, None] * K + in_k[None, :], dS_low, mask=mask_vk)
             tl.store(X + in_v[:, None] * C + rows[None, :], x_vc.to(X.dtype.element_ty), mask=mask_v[:, None])
             X -= HV * C * V
@@ -165,7 +174,7 @@ def reverse_segment(
         from_start -= HV * C
         to_end -= HV * C
     if leave is not None:
-        if dstates is None:
+        if MAP:
             tl.store(leave + (segment * HV + hv) * K * V + state_offsets, dS_vk, mask=mask_vk & exists)
         else:
             if first & exists:
@@ -182,6 +191,7 @@ def reverse_map_kernel(
     from_start,
     to_end,
     do,
+    enter,
     leave,
     cu_seqlens,
     chunk_offsets,
@@ -204,9 +214,10 @@ def reverse_map_kernel(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``dS`` before each segment from zero after it: what the maps of ``segments.py`` need of the way back."""
+    """What the maps of ``segments.py`` need of the way back: ``dS`` before each segment but a sequence's first. It is
+    ``enter [N, HV, K, V]`` (None: zeros) after the last and zero after the others."""
     reverse_segment(
-        tl.program_id(0), k, grown_q, inverse, P, erasing, from_start, to_end, do, None, leave, None, None, cu_seqlens,
+        tl.program_id(0), k, grown_q, inverse, P, erasing, from_start, to_end, do, enter, leave, None, None, cu_seqlens,
         chunk_offsets, segment_offsets, SEGMENT, T, N, stride_k_b, stride_k_t, stride_k_h, stride_do_b, stride_do_t,
         stride_do_h, H, HV, K, V, BK, BV, C, PRECISION,
     )  # fmt: skip
@@ -498,16 +509,17 @@ def key_gradient_kernel(
     tl.store(dk + out, dk_ck.to(dk.dtype.element_ty), mask=mask_ck)
 
 
-def reverse_maps(x: IntraChunk, do: Tensor, k: Tensor, table: ChunkTable, leave: Tensor) -> None:
+def reverse_maps(
+    x: IntraChunk, do: Tensor, k: Tensor, table: ChunkTable, *, enter: Tensor | None, leave: Tensor
+) -> None:
     """Launches :func:`reverse_map_kernel`."""
     T, H, K = k.shape[1:]
     HV, V = do.shape[2:]
     configuration = scan_configuration(k, K, V, table.heads(HV))
     launch(reverse_map_kernel)[(table.segments * HV * triton.cdiv(V, configuration["BV"]),)](
         k=k, grown_q=x.grown_q, inverse=x.inverse, P=x.P, erasing=x.erasing, from_start=x.from_start,
-        to_end=x.to_end, do=do,
-        leave=leave, T=T, **table.segment_arguments(), **strides_of("k", k), **strides_of("do", do),
-        H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(k), **configuration,
+        to_end=x.to_end, do=do, enter=enter, leave=leave, T=T, **table.segment_arguments(), **strides_of("k", k),
+        **strides_of("do", do), H=H, HV=HV, K=K, V=V, C=CHUNK, PRECISION=precision_of(k), **configuration,
     )  # fmt: skip
 
 
@@ -587,37 +599,37 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
     x = intra_chunk(q, k, g, beta, table, scale, backward=True, scores=not on_hopper)
     leave = None if initial_state is None else dS
     before, after = initial_state, dfinal_state
+    map_back, run = reverse_maps, scan_both_ways
     if on_hopper:  # loaded where they serve: another version of Triton may not have what they need
-        from gdn_ops.kernels.hopper.both_ways import reverse_maps as map_back
-        from gdn_ops.kernels.hopper.both_ways import scan_both_ways as run
+        from gdn_ops.kernels.hopper import both_ways
         from gdn_ops.kernels.hopper.gradients import gradients
-    else:
-        map_back, run = reverse_maps, scan_both_ways
+
+        map_back, run = (partial(way, q=q, scale=scale) for way in (both_ways.reverse_maps, both_ways.scan_both_ways))
     if table.segment is not None:
-        forth = maps(x, k, v, table, last=True)
+        forth = maps(x, k, v, table, initial_state)
         before = combine(forth, initial_state, None, q, T, table, reverse=False)
         back = Maps(forth.M, forth.B)  # B has been used: its memory takes that of the way back
-        map_back(x, do, q, k, table, scale, after=dfinal_state, leave=back.B)
+        map_back(x, do, k, table, enter=dfinal_state, leave=back.B)
         after = combine(back, dfinal_state, leave, q, T, table, reverse=True)
     states = torch.empty((table.chunks, HV, V, K), dtype=q.dtype, device=device)
     written = torch.empty((table.chunks, HV, V, CHUNK), dtype=q.dtype, device=device)
     dstates = torch.empty_like(states)
+    X = torch.empty(v.shape, dtype=v.dtype, device=device) if on_hopper else torch.empty_like(written)
+    run(
+        x, do, k, v, table, before=before, after=after, leave=leave, states=states, written=written, dstates=dstates,
+        X=X,
+    )  # fmt: skip
+    # The inverse and P have been used: their memory takes dA and dP; that of T and grown_q is free for what follows.
+    dP, dA = x.P, None if on_hopper else x.inverse
+    x = x._replace(T=None, grown_q=None, P=None, inverse=None)
+    if on_hopper:
+        dq, dk = (torch.empty(like.shape, dtype=like.dtype, device=device) for like in (q, k))
+        dg, dbeta = (torch.empty((B, T, HV), dtype=like.dtype, device=device) for like in (g, beta))
+        gradients(x, do, q, k, v, states, dstates, written, dq, dk, X, dg, dbeta, scale)
+        return dq, dk, X, dg, dbeta, dS
     # Tokens after the last packed sequence belong to none: their gradients are zeros.
     make = torch.empty if cu_seqlens is None else torch.zeros
-    dv = make(v.shape, dtype=v.dtype, device=device)
-    X = dv if on_hopper else torch.empty_like(written)
-    run(
-        x, do, q, k, v, table, scale, before=before, after=after, leave=leave, states=states, written=written,
-        dstates=dstates, X=X,
-    )  # fmt: skip
-    dP, dA = x.P, x.inverse
-    x = x._replace(T=None, grown_q=None, P=None, inverse=None)
-    dq, dk = (make(like.shape, dtype=like.dtype, device=device) for like in (q, k))
-    if on_hopper:
-        del dP, dA
-        dg, dbeta = (torch.empty((B, T, HV), dtype=like.dtype, device=device) for like in (g, beta))
-        gradients(x, do, q, k, v, states, dstates, written, dq, dk, dv, dg, dbeta, scale)
-        return dq, dk, dv, dg, dbeta, dS
+    dq, dk, dv = (make(like.shape, dtype=like.dtype, device=device) for like in (q, k, v))
     dbeta_of_value = torch.empty((B, T, HV), dtype=torch.float32, device=device)
     configuration = key_gradient_configuration(q, K, V)
     tiles = triton.cdiv(K, configuration["BK"])

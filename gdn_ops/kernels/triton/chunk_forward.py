@@ -344,7 +344,8 @@ def chunk_forward(
         x = intra_chunk(q, k, g, beta, table, scale, scores=not on_hopper)
         final = final_state if output_final_state else None
         if table.segment is not None:
-            initial_state = combine(maps(x, k, v, table, last=False), initial_state, final, q, T, table, reverse=False)
+            forth = maps(x, k, v, table, initial_state)
+            initial_state = combine(forth, initial_state, final, q, T, table, reverse=False)
         run = scan
         if on_hopper:  # loaded where it serves: another version of Triton may not have what it needs
             from gdn_ops.kernels.hopper.scan import scan as run

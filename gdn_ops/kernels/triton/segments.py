@@ -5,14 +5,16 @@ each sequence is cut into segments, and a scan takes three steps:
 
 1. **map_kernel**: one program a (segment, value head, tile of columns) runs the state's recurrence over its segment,
    without outputs, from the identity (which gives columns of ``M [K, K]``) or from zero (columns of ``B [K, V]``).
+   The first segment runs from the sequence's own state, so its ``B`` is the state after it and it needs no ``M``;
+   nothing needs what the last one would give.
 2. **combine_kernel**: one program a (sequence, value head, tile of columns) walks over the segments,
-   ``S <- M S + B``, and leaves the state before each.
+   ``S <- M S + B`` from the second on, and leaves the state before each.
 3. The scan itself, one program a (segment, ...), from those states.
 
 In the backward the gradient of the state goes the other way, ``dS -> M^T dS + B'``, with the same ``M``; ``B'`` is
-what the reverse scan makes of zero. The maps are applied with fp32 accuracy. Which segments are taken changes the
-rounding of the result; ``batch_invariance.py`` keeps sequences whole. The scheme is FlashInfer's and FlashQLA's
-(segment-parallel prefill).
+what the reverse scan makes of zero, in the last segment of the gradient of the final state. The first segment needs
+none. The maps are applied with fp32 accuracy. Which segments are taken changes the rounding of the result;
+``batch_invariance.py`` keeps sequences whole. The scheme is FlashInfer's and FlashQLA's (segment-parallel prefill).
 """
 
 from __future__ import annotations
@@ -70,9 +72,11 @@ def _map_columns(
     transition,
     from_start,
     to_end,
+    enter,
     out,
     columns,
     length,
+    first,
     stride_k_t: tl.constexpr,
     stride_v_t: tl.constexpr,
     HV: tl.constexpr,
@@ -85,18 +89,21 @@ def _map_columns(
     PRECISION: tl.constexpr,
     OF_KEY: tl.constexpr,
 ):
-    """Columns of ``M [K, K]`` where ``OF_KEY``, and then no values are written, or of ``B [K, V]`` into ``out``. With
-    ``LOW``, ``M`` is ``[2, K, K]``: two terms (``intra_chunk._product``)."""
+    """Columns of ``M [K, K]`` where ``OF_KEY``, and then no values are written, or of ``B [K, V]`` into ``out``, the
+    latter of the ``first`` segment from ``enter`` (None: zeros). With ``LOW``, ``M`` is ``[2, K, K]``: two terms
+    (``intra_chunk._product``)."""
     WIDTH: tl.constexpr = K if OF_KEY else V
     rows = tl.arange(0, C)
     in_k = tl.arange(0, BK)
     mask_k = in_k < K
     mask_v = columns < WIDTH
+    at = in_k[None, :] * WIDTH + columns[:, None]
+    mask = mask_k[None, :] & mask_v[:, None]
     S_vk = tl.zeros([BV, BK], dtype=tl.float32)
     if OF_KEY:
         S_vk = tl.where(columns[:, None] == in_k[None, :], 1.0, 0.0)
-    at = in_k[None, :] * WIDTH + columns[:, None]
-    mask = mask_k[None, :] & mask_v[:, None]
+    elif enter is not None:
+        S_vk = tl.load(enter + at, mask=mask & first, other=0.0).to(tl.float32)
     whole = tl.load(from_start + C - 1, mask=length > 0, other=1.0)
     for start in range(0, length, C):
         next_whole = tl.load(from_start + HV * C + C - 1, mask=start + C < length, other=1.0)
@@ -141,6 +148,7 @@ def map_kernel(
     transition,
     from_start,
     to_end,
+    enter,
     M,
     B,
     cu_seqlens,
@@ -164,23 +172,20 @@ def map_kernel(
     C: tl.constexpr,
     LOW: tl.constexpr,
     PRECISION: tl.constexpr,
-    LAST: tl.constexpr,
 ):
-    """``LAST``: also for the last segment of a sequence, whose map the forward does not need."""
+    """``M`` of segments neither first nor last of their sequence, ``B`` of all but the last; the first segment's from
+    ``enter [N, HV, K, V]`` (None: zeros)."""
     NK: tl.constexpr = (K + BV - 1) // BV
     TILES: tl.constexpr = NK + (V + BV - 1) // BV
     program = tl.program_id(0)
     hv = (program // TILES % HV).to(tl.int64)
     segment = (program // (TILES * HV)).to(tl.int64)
-    _, b, begin, end, first_chunk, _, last, exists = segment_of(
+    n, b, begin, end, first_chunk, first, last, exists = segment_of(
         segment, T, N, SEGMENT, cu_seqlens, chunk_offsets, segment_offsets, C
     )
-    if not exists:
-        return
-    if not LAST:
-        if last:
-            return
     tile = program % TILES
+    if (not exists) | last | (first & (tile < NK)):
+        return
     k += b * stride_k_b + begin * stride_k_t + hv // (HV // H) * stride_k_h
     v += b * stride_v_b + begin * stride_v_t + hv * stride_v_h
     here = (first_chunk * HV + hv) * C
@@ -192,14 +197,16 @@ def map_kernel(
     if tile < NK:
         m_at = M + (segment * HV + hv) * K * K * (1 if LOW is None else 2)
         _map_columns(
-            k, v, transition, from_start, to_end, m_at, columns, length, stride_k_t, stride_v_t, HV, K, V, BK, BV, C,
-            LOW, PRECISION, True,
+            k, v, transition, from_start, to_end, None, m_at, columns, length, first, stride_k_t, stride_v_t, HV, K, V,
+            BK, BV, C, LOW, PRECISION, True,
         )  # fmt: skip
     else:
         b_at = B + (segment * HV + hv) * K * V
+        if enter is not None:
+            enter += (n * HV + hv) * K * V
         _map_columns(
-            k, v, transition, from_start, to_end, b_at, columns, length, stride_k_t, stride_v_t, HV, K, V, BK, BV, C,
-            LOW, PRECISION, False,
+            k, v, transition, from_start, to_end, enter, b_at, columns, length, first, stride_k_t, stride_v_t, HV, K, V,
+            BK, BV, C, LOW, PRECISION, False,
         )  # fmt: skip
 
 
@@ -224,8 +231,9 @@ def combine_kernel(
     PRECISION: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """From ``enter [N, HV, K, V]`` (None: zeros), ``states`` of each segment: before it, or with ``REVERSE`` after it.
+    """``states`` of each segment: before it, or with ``REVERSE``, where the last comes first, after it.
 
+    The first has ``enter [N, HV, K, V]`` (None: zeros), the second the first one's ``B``, which was made of ``enter``.
     A sequence without segments hands ``enter`` on to ``leave`` (unless None).
     """
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -249,11 +257,15 @@ def combine_kernel(
         S_kv = tl.zeros([BK, BV], dtype=tl.float32)
     else:
         S_kv = tl.load(enter + (n * HV + hv) * K * V + offsets_kv, mask=mask_kv, other=0.0).to(tl.float32)
-    segment = first
-    if REVERSE:
-        segment = first + parts - 1
-    for _ in range(0, parts - 1):
-        at = segment * HV + hv
+    at = (first + parts - 1 if REVERSE else first) * HV + hv
+    if parts > 0:
+        tl.store(states + at * K * V + offsets_kv, S_kv, mask=mask_kv)
+    else:
+        if leave is not None:
+            tl.store(leave + (n * HV + hv) * K * V + offsets_kv, S_kv, mask=mask_kv)
+    S_kv = tl.load(B + at * K * V + offsets_kv, mask=mask_kv & (parts > 1), other=0.0)
+    at += -HV if REVERSE else HV
+    for _ in range(0, parts - 2):
         tl.store(states + at * K * V + offsets_kv, S_kv, mask=mask_kv)
         b_kv = tl.load(B + at * K * V + offsets_kv, mask=mask_kv, other=0.0)
         if LOW is None:
@@ -269,12 +281,8 @@ def combine_kernel(
             S1_kv = (S_kv - S0_kv).to(LOW)
             S0_kv = S0_kv.to(LOW)
             S_kv = tl.dot(m0_kk, S0_kv, tl.dot(m0_kk, S1_kv, tl.dot(m1_kk, S0_kv))) + b_kv
-        segment += -1 if REVERSE else 1
-    if parts > 0:
-        tl.store(states + (segment * HV + hv) * K * V + offsets_kv, S_kv, mask=mask_kv)
-    else:
-        if leave is not None:
-            tl.store(leave + (n * HV + hv) * K * V + offsets_kv, S_kv, mask=mask_kv)
+        at += -HV if REVERSE else HV
+    tl.store(states + at * K * V + offsets_kv, S_kv, mask=mask_kv & (parts > 1))
 
 
 class Maps(NamedTuple):
@@ -293,8 +301,9 @@ def map_configuration(x: Tensor, K: int) -> dict[str, int]:
     return {"BK": BK, "BV": BV, "num_warps": 4 if low else 8, "num_stages": stages}
 
 
-def maps(x: IntraChunk, k: Tensor, v: Tensor, table: ChunkTable, last: bool) -> Maps:
-    """The maps of all segments; without ``last``, those of each sequence's last segment are left unwritten."""
+def maps(x: IntraChunk, k: Tensor, v: Tensor, table: ChunkTable, enter: Tensor | None) -> Maps:
+    """The maps of sequences that begin with ``enter [N, HV, K, V]`` (None: zeros). What nothing needs is not written:
+    ``M`` of a sequence's first and last segment, ``B`` of its last."""
     T, H, K = k.shape[1:]
     HV, V = v.shape[2:]
     low = low_of(k)
@@ -304,9 +313,9 @@ def maps(x: IntraChunk, k: Tensor, v: Tensor, table: ChunkTable, last: bool) -> 
     configuration = map_configuration(k, K)
     BV = configuration["BV"]
     launch(map_kernel)[(table.segments * HV * (triton.cdiv(K, BV) + triton.cdiv(V, BV)),)](
-        k=k, v=v, transition=x.T, from_start=x.from_start, to_end=x.to_end, M=M, B=B, T=T,
+        k=k, v=v, transition=x.T, from_start=x.from_start, to_end=x.to_end, enter=enter, M=M, B=B, T=T,
         **strides_of("k", k), **strides_of("v", v), H=H, HV=HV, K=K, V=V, C=CHUNK,
-        LOW=low, PRECISION=precision_of(k), LAST=last, **table.segment_arguments(), **configuration,
+        LOW=low, PRECISION=precision_of(k), **table.segment_arguments(), **configuration,
     )  # fmt: skip
     return Maps(M, B)
 
@@ -325,7 +334,8 @@ def combine(
 ) -> Tensor:
     """The state before each segment (with ``reverse``, its gradient after each) ``[segments, HV, K, V]``.
 
-    ``like`` gives the dtype whose accuracy is wanted; ``leave`` gets ``enter`` for sequences without tokens.
+    ``enter`` is what the maps were made of. ``like`` gives the dtype whose accuracy is wanted; ``leave`` gets ``enter``
+    for sequences without tokens.
     """
     HV, K, V = x.B.shape[1:]
     states = torch.empty_like(x.B)
