@@ -19,21 +19,24 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 
 
 @gluon.jit
 def _role(x, n: gl.constexpr, WARPS: gl.constexpr, BARRIERS: gl.constexpr):
-    for _ in range(BARRIERS):
-        barrier()
+    if WARPS > 1:
+        for _ in range(BARRIERS):
+            barrier()
     at = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
     gl.store(x + n * 128 + at, at * 0 + n)
 
 
 @gluon.jit
 def roles_kernel(x, BARRIERS: gl.constexpr):
-    x += gl.program_id(0) * 256
-    gl.warp_specialize([(_role, (x, 0, 4, BARRIERS)), (_role, (x, 1, 4, BARRIERS))], [4], [64])
+    x += gl.program_id(0) * 384
+    gl.warp_specialize(
+        [(_role, (x, 0, 4, BARRIERS)), (_role, (x, 1, 4, BARRIERS)), (_role, (x, 2, 1, BARRIERS))], [4, 1], [64, 24]
+    )
 
 
 def main() -> None:
     for barriers in (0, 20):
-        x = torch.zeros(64, 256, dtype=torch.int32, device="cuda")
+        x = torch.zeros(64, 384, dtype=torch.int32, device="cuda")
         roles_kernel[(64,)](x, barriers, num_warps=4, maxnreg=64)
         print(f"{barriers} barriers: {x.sum().item()}", flush=True)
 
