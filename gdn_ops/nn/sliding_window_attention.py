@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gdn_ops.nn.mixer import Mixer
 from gdn_ops.nn.rotary import rotate
+from gdn_ops.nn.tracing import is_exporting
 
 QUERY_BLOCK, TRAINING_BLOCK = 128, 512
 
@@ -206,7 +207,7 @@ def _pad(x: Tensor, before: int, after: int, ring: Tensor | None = None, value: 
 
 def _first(x: Tensor, length) -> Tensor:
     """``x[:, :length]``; by index in export, as in :func:`_windows`."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return x.index_select(1, torch.arange(length, device=x.device))
     return x.narrow(1, 0, length)
 
@@ -217,7 +218,7 @@ def _windows(x: Tensor, blocks, Q: int, width: int) -> Tensor:
     Slices are what has a cheap gradient (a sum, without atomic additions). Export cannot prove that they fit, and asks
     nothing about an index.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         start, offset = torch.arange(blocks, device=x.device) * Q, torch.arange(width, device=x.device)
         return x[:, start[:, None] + offset].flatten(0, 1)
     x = x.narrow(1, 0, (blocks - 1) * Q + width).unflatten(1, (-1, Q))

@@ -220,6 +220,27 @@ def test_bad_input_is_named():
         layer(make_input(2, 5), state={"recurrent": 1})
 
 
+def test_a_compiled_training_step_has_products_of_even_widths():
+    """Else the backward may fail at another T (``Mamba2._project``); outside training the weight is taken as it is."""
+    layer, x = make(dtype=torch.float32), make_input(2, 9, dtype=torch.float32)
+    widths = []
+
+    def record(graph, inputs):
+        found = [
+            n.meta["example_value"]
+            for n in graph.graph.nodes
+            if n.target is F.linear or n.target is torch._C._nn.linear
+        ]
+        widths.append(found[0].shape[-1])
+        return graph.forward
+
+    assert layer.in_proj.out_features % 8
+    assert_close(torch.compile(layer, backend=record, fullgraph=True)(x)[0], layer(x)[0], 1e-6, "y")
+    with torch.no_grad():
+        torch.compile(layer, backend=record, fullgraph=True)(x)
+    assert widths == [math.ceil(layer.in_proj.out_features / 8) * 8, layer.in_proj.out_features]
+
+
 def test_documented_example_runs():
     results = doctest.testmod(mamba2, extraglobs={"torch": torch})
     assert results.failed == 0 and results.attempted > 0
