@@ -1,8 +1,8 @@
-"""Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: the scans on Hopper and
-segments, and the gradients of the backward.
+"""Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: the scans and the gradients on
+Hopper.
 
 They are written in Gluon (``triton.experimental.gluon``, part of Triton), which Inductor does not take: compiled graphs
-and packages hold the portable kernel, its twin.
+and packages hold the portable kernels, their twins.
 """
 
 from __future__ import annotations

@@ -117,8 +117,7 @@ def _add(x, y):
 
 @gluon.jit
 def _together(x, y, z):
-    """Values ``[64]`` of a warp, when all of its lanes have them: what they were loaded from may be overwritten. By a
-    barrier that racecheck sees, which it does not see where Triton knows of one warp only."""
+    """Values ``[64]`` of a warp, when all of its lanes have them: what they were loaded from may be overwritten."""
     return gl.inline_asm_elementwise(
         "bar.sync 15, 32; mov.b32 $0, $6; mov.b32 $1, $7; mov.b32 $2, $8; mov.b32 $3, $9; mov.b32 $4, $10; "
         "mov.b32 $5, $11;",
