@@ -26,7 +26,7 @@ from perf.claims.models import ABLATIONS, FAMILY, SCALES, configure, count, stat
 from perf.claims.tasks import Needle, Parity, Recall
 from perf.claims.text import Text
 from perf.claims.training import Diverged, Reading, Recipe, Task, metric_of, read, train
-from perf.claims.workers import Failed, in_turn, side_by_side
+from perf.claims.workers import Failed, in_turn, side_by_side, use_gpu
 from perf.records import cpu_name
 
 FILE = "results.csv"
@@ -194,7 +194,10 @@ def run_all(
         report(f"{names[run.key]}: {line}")
 
     work = partial(rows_of, device=device, graphs=graphs, begun=out / BEGUN)
-    outcomes = in_turn(take, work, deadline, say) if jobs == 1 else side_by_side(take, work, deadline, say, jobs)
+    if jobs == 1:
+        outcomes = in_turn(take, work, deadline, say)
+    else:
+        outcomes = side_by_side(take, work, deadline, say, jobs, begin=use_gpu if device == "cuda" else None)
     added = failed = 0
     with closing(outcomes):
         for run, outcome in outcomes:

@@ -14,6 +14,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
@@ -50,11 +51,12 @@ def in_turn(take: Take, work: Work, deadline: float, report: Report) -> Iterator
 
 
 def side_by_side(
-    take: Take, work: Work, deadline: float, report: Report, jobs: int, grace: float = GRACE
-) -> Iterator[tuple[Item, Any]]:
-    """``jobs`` processes at a time, dealt out over the GPUs that there are. Work that is not over ``grace`` seconds
-    after the deadline, because a compilation takes long say, is ended; so is everything when the iterator is closed or
-    interrupted."""
+    take: Take, work: Work, deadline: float, report: Report, jobs: int, grace: float = GRACE,
+    begin: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Item, Any]]:  # fmt: skip
+    """``jobs`` processes at a time, each of which calls ``begin`` first, with its place among them (0 to ``jobs - 1``).
+    Work that is not over ``grace`` seconds after the deadline, because a compilation takes long say, is ended; so is
+    everything when the iterator is closed or interrupted."""
     context = get_context("spawn")  # CUDA does not survive a fork
     threads = threads_each(jobs)
     going: dict[Connection, tuple[Item, Any, int]] = {}
@@ -63,7 +65,7 @@ def side_by_side(
             while len(going) < jobs and (item := take()) is not None:
                 ours, theirs = context.Pipe(duplex=False)
                 place = min(set(range(jobs)) - {place for _, _, place in going.values()})
-                arguments = (theirs, work, item, deadline, threads, place)
+                arguments = (theirs, work, item, deadline, threads, begin and partial(begin, place))
                 process = context.Process(target=_worker, args=arguments, daemon=True)
                 process.start()
                 theirs.close()  # the process has the only other end, so that its death ends the pipe
@@ -119,10 +121,17 @@ def _outcome(work: Work, item: Item, deadline: float, say: Callable[[str], None]
         return Failed(traceback.format_exc().rstrip())
 
 
-def _worker(connection: Connection, work: Work, item: Item, deadline: float, threads: int, place: int) -> None:
+def use_gpu(place: int) -> None:
+    """Deals processes out over the GPUs that there are."""
+    torch.cuda.set_device(place % torch.cuda.device_count())
+
+
+def _worker(
+    connection: Connection, work: Work, item: Item, deadline: float, threads: int, begin: Callable[[], None] | None
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that asked ends this one
     torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(place % torch.cuda.device_count())
+    if begin is not None:
+        begin()
     # Where the other end is gone, the first line that is sent ends the work.
     connection.send(_outcome(work, item, deadline, lambda line: connection.send(_Line(line))))

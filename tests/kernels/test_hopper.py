@@ -24,6 +24,7 @@ from gdn_ops.kernels.hopper.both_ways import hopper_both_ways_kernel
 from gdn_ops.kernels.triton.chip import CHIPS
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
 from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
+from tests.kernels.roles import roles_kernel
 from tests.kernels.triton_rule import arguments_of, check_chunk, chunk, forward, scale_of
 from tests.oracle import assert_all_close, assert_close, cotangents, expected, make_inputs
 
@@ -115,6 +116,11 @@ def test_the_gradients_compile_and_fit(tmp_path, element):
     module = gradients_module
     constants = {"H": 2, "HV": 4, "TO_COMPUTE": module.REGISTERS_TO_COMPUTE, "TO_HELP": module.REGISTERS_TO_HELP}
     check_built(built(tmp_path, module.hopper_gradient_kernel, types, constants, module.REGISTERS), 1024)
+
+
+def test_roles_alone_compile(tmp_path):
+    shared, spilled, _ = built(tmp_path, roles_kernel, {"x": "*i32"}, {"BARRIERS": 20}, 64)
+    assert shared < 64 and spilled == 0
 
 
 def test_only_a_hopper_gpu_serves():

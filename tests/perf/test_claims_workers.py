@@ -21,7 +21,7 @@ from perf.claims.models import SCALES, configure
 from perf.claims.step import EAGER_STEPS, Step
 from perf.claims.tasks import Parity
 from perf.claims.training import OutOfTime, Recipe, train
-from perf.claims.workers import Failed, in_turn, side_by_side, threads_each
+from perf.claims.workers import Failed, in_turn, side_by_side, threads_each, use_gpu
 
 TASK, RECIPE = Parity(16, (16, 32)), Recipe(12, 4, 3e-3, 1)
 
@@ -84,6 +84,29 @@ def test_one_failure_is_one_failure():
     assert outcomes["raises"].reason.startswith("Traceback") and "no such thing" in outcomes["raises"].reason
     assert outcomes["good"].startswith("good by ") and str(os.getpid()) not in outcomes["good"]
     assert sorted(lines) == sorted((item, "begun") for item in items)
+
+
+def place_of(item, deadline, say):
+    return os.environ["PLACE"]
+
+
+def remember(place):
+    os.environ["PLACE"] = str(place)
+
+
+def test_each_process_begins_with_its_place():
+    outcomes = side_by_side(taking(range(4)), place_of, math.inf, lambda *line: None, jobs=2, begin=remember)
+    places = dict(outcomes)
+    assert {places[0], places[1]} == {"0", "1"} == set(places.values())
+
+
+def test_processes_are_dealt_out_over_gpus(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for place in range(5):
+        use_gpu(place)
+    assert chosen == [0, 1, 2, 0, 1]
 
 
 def test_in_turn_has_the_same_outcomes():
