@@ -23,9 +23,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gdn_ops.kernels.hopper.scan import BK, BV, _exp2, _heads, _last_of, _next, _rows, _state_tile
+from gdn_ops.kernels.hopper.tiles import (
+    BK,
+    BV,
+    REGISTERS,
+    REGISTERS_TO_COMPUTE,
+    REGISTERS_TO_LOAD,
+    decays,
+    heads,
+    keep_scores,
+    last_of,
+    likeness,
+    matrices,
+    next_stage,
+    rows_of,
+    state_tile,
+)
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk
@@ -62,7 +76,7 @@ def _load_forth(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks,
         tma.async_copy_global_to_shared(to_end, [row, 0], ready, d_s.index(stage))
         row += HV
         token += C
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -102,7 +116,7 @@ def _load_back(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, 
         tma.async_copy_global_to_shared(from_start, [row, 0], ready, g_s.index(stage))
         row -= HV
         token -= C
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -119,43 +133,6 @@ def _load(
 
 
 @gluon.jit
-def _likeness(q_s, k_s, stage, PARTS: gl.constexpr, part: gl.constexpr):
-    """Starts a warpgroup's columns of ``Q K^T``."""
-    C: gl.constexpr = k_s.shape[3]
-    BK: gl.constexpr = k_s.shape[4]
-    WIDTH: gl.constexpr = C // PARTS
-    of_p: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
-    none = gl.zeros([C, WIDTH], gl.float32, of_p)
-    k_kj = k_s.index(stage).reshape([C, BK]).slice(part * WIDTH, WIDTH).permute((1, 0))
-    return warpgroup_mma(q_s.index(stage).reshape([C, BK]), k_kj, none, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _decays(c_s, stage, score_scale, C: gl.constexpr, PARTS: gl.constexpr, part: gl.constexpr):
-    WIDTH: gl.constexpr = C // PARTS
-    of_p: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
-    along_i: gl.constexpr = gl.SliceLayout(1, of_p)
-    along_j: gl.constexpr = gl.SliceLayout(0, of_p)
-    sums = c_s.index(stage).reshape([2 * C])
-    high_i = sums.slice(0, C).load(along_i)
-    low_i = sums.slice(C, C).load(along_i) + score_scale
-    high_j = sums.slice(part * WIDTH, WIDTH).load(along_j)
-    low_j = sums.slice(C + part * WIDTH, WIDTH).load(along_j)
-    return _exp2((high_i[:, None] - high_j[None, :]) + (low_i[:, None] - low_j[None, :]))
-
-
-@gluon.jit
-def _keep_scores(qk_cj, D_cj, p_cc, PARTS: gl.constexpr, part: gl.constexpr):
-    C: gl.constexpr = qk_cj.shape[0]
-    WIDTH: gl.constexpr = qk_cj.shape[1]
-    rows = gl.arange(0, C, gl.SliceLayout(1, qk_cj.type.layout))
-    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, qk_cj.type.layout))
-    lower = rows[:, None] >= part * WIDTH + columns[None, :]
-    p_cc.slice(part * WIDTH, WIDTH, 1).store(gl.where(lower, qk_cj * D_cj, 0.0).to(p_cc.dtype))
-    fence_async_shared()
-
-
-@gluon.jit
 def _enter(state, at, v0, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, layout: gl.constexpr):
     """A tile ``[BV, BK]`` of a state in memory (None: zeros), each number of which the compiler believes to be another:
     of equal ones ptxas runs the products one by one (C7511)."""
@@ -163,7 +140,7 @@ def _enter(state, at, v0, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV
         S_vk = gl.zeros([BV, BK], gl.float32, layout)
         S_vk = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [S_vk], dtype=gl.float32, is_pure=False, pack=1)
     else:
-        offsets, mask = _state_tile(v0, K, V, BK, BV, layout)
+        offsets, mask = state_tile(v0, K, V, BK, BV, layout)
         S_vk = gl.load(state + at.to(gl.int64) * (K * V) + offsets, mask=mask, other=0.0).to(gl.float32)
     return S_vk
 
@@ -204,7 +181,7 @@ def _forth(
     S_vk = _enter(before, segment * HV + hv, v0, K, V, BK, BV, of_k)
     low_vk = S_vk.to(dtype)
     mbarrier.wait(full.index(0), 0)
-    S_vk = S_vk * _last_of(g_s.index(0), along_c, C)
+    S_vk = S_vk * last_of(g_s.index(0), along_c, C)
     stage = 0
     phase = 0
     for i in range(chunks):
@@ -231,9 +208,9 @@ def _forth(
         fence_async_shared()
         tma.async_copy_shared_to_global(written, [row, v0, 0], n_tile)
         more = i + 1 < chunks
-        ahead, phase_ahead = _next(stage, phase, STAGES)
+        ahead, phase_ahead = next_stage(stage, phase, STAGES)
         mbarrier.wait(full.index(ahead), phase_ahead, pred=more)
-        whole = gl.where(more, _last_of(g_s.index(ahead), along_c, C), 1.0)
+        whole = gl.where(more, last_of(g_s.index(ahead), along_c, C), 1.0)
         S_vk = warpgroup_mma_wait(0, deps=(S_vk,))
         mbarrier.arrive(empty.index(stage), count=1)
         low_vk = S_vk.to(dtype)
@@ -292,11 +269,11 @@ def _back(
         S_vk = _enter(after, segment * HV + hv, v0, K, V, BK, BV, of_k)
     low_vk = S_vk.to(dtype)
     mbarrier.wait(full.index(0), 0)
-    S_vk = S_vk * _last_of(g_s.index(0), along_c, C)
-    qk_cj = _likeness(q_s, k_s, 0, PARTS, part)
-    D_cj = _decays(c_s, 0, score_scale, C, PARTS, part)
+    S_vk = S_vk * last_of(g_s.index(0), along_c, C)
+    qk_cj = likeness(q_s, k_s, 0, PARTS, part)
+    D_cj = decays(c_s, 0, score_scale, C, PARTS, part)
     qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
-    _keep_scores(qk_cj, D_cj, p_s.index(0), PARTS, part)
+    keep_scores(qk_cj, D_cj, p_s.index(0), PARTS, part)
     mbarrier.arrive(scored.index(0), count=1)
     token = first_token + (chunks - 1) * C
     row += (chunks - 1) * HV
@@ -315,7 +292,7 @@ def _back(
             fence_async_shared()
             tma.async_copy_shared_to_global(dstates, [row, v0, 0], s_tile)
         more = i + 1 < chunks
-        ahead, phase_ahead = _next(stage, phase, STAGES)
+        ahead, phase_ahead = next_stage(stage, phase, STAGES)
         grown_c = g_s.index(stage).reshape([C]).load(along_left) * scale
         grown_vc = (do_vc.load(left_k).to(gl.float32) * grown_c[None, :]).to(dtype)
         decay_c = d_s.index(stage).reshape([C]).load(along_c)
@@ -326,9 +303,9 @@ def _back(
         S_vk = warpgroup_mma(grown_vc, q_s.index(stage).reshape([C, BK]), S_vk, is_async=True)
         # The scores of the chunk ahead; after the last one, of what is there.
         mbarrier.wait(full.index(ahead), phase_ahead, pred=more)
-        qk_cj = _likeness(q_s, k_s, ahead, PARTS, part)
-        D_cj = _decays(c_s, ahead, score_scale, C, PARTS, part)
-        whole = gl.where(more, _last_of(g_s.index(ahead), along_c, C), 1.0)
+        qk_cj = likeness(q_s, k_s, ahead, PARTS, part)
+        D_cj = decays(c_s, ahead, score_scale, C, PARTS, part)
+        whole = gl.where(more, last_of(g_s.index(ahead), along_c, C), 1.0)
         x_vc = warpgroup_mma_wait(2, deps=(x_vc,))
         erased_vc = gl.convert_layout((x_vc * erasing_c[None, :]).to(dtype), left_k)
         S_vk = warpgroup_mma(erased_vc, k_ck, S_vk, is_async=True)
@@ -338,7 +315,7 @@ def _back(
             tma.async_copy_shared_to_global(X, [b, hv, token, v0], n_tile)
         qk_cj, S_vk = warpgroup_mma_wait(0, deps=(qk_cj, S_vk))
         mbarrier.arrive(empty.index(stage), count=1)
-        _keep_scores(qk_cj, D_cj, p_s.index((i + 1) & 1), PARTS, part)
+        keep_scores(qk_cj, D_cj, p_s.index((i + 1) & 1), PARTS, part)
         mbarrier.arrive(scored.index((i + 1) & 1), count=1)
         low_vk = S_vk.to(dtype)
         S_vk = S_vk * whole
@@ -348,10 +325,10 @@ def _back(
         phase = phase_ahead
     if leave is not None:
         if MAP:
-            offsets, mask = _state_tile(v0, K, V, BK, BV, of_k)
+            offsets, mask = state_tile(v0, K, V, BK, BV, of_k)
             gl.store(leave + (segment * HV + hv).to(gl.int64) * (K * V) + offsets, S_vk, mask=mask)
         elif first:
-            offsets, mask = _state_tile(v0, K, V, BK, BV, of_k)
+            offsets, mask = state_tile(v0, K, V, BK, BV, of_k)
             gl.store(leave + (n * HV + hv).to(gl.int64) * (K * V) + offsets, S_vk, mask=mask)
     if not MAP:
         tma.store_wait(0)
@@ -508,24 +485,17 @@ def hopper_both_ways_kernel(
         )  # fmt: skip
 
 
-def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Tiles of the matrices ``x [chunks, HV, rows, columns]``."""
-    x = x.flatten(0, 1)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, columns], layout)
-
-
 def _launch(x: IntraChunk, do, q, k, table: ChunkTable, scale: float, programs: int, **arguments) -> None:
     """``programs`` pieces of 64 columns of values, two of them in a program where they are too many for one each."""
     T, H, K = k.shape[1:]
     HV, V = do.shape[2:]
     parts = 1 if programs * HV * triton.cdiv(V, BV) <= chip_of(k).multiprocessors else 2
     hopper_both_ways_kernel[(programs * HV * triton.cdiv(V, parts * BV),)](
-        _heads(q, BK), _heads(k, BK), do=_heads(do, BV), inverse=_rows(x.inverse, CHUNK), sums=_rows(x.c_sum, 1),
-        from_start=_rows(x.from_start, 1), to_end=_rows(x.to_end, 1), erasing=_rows(x.erasing, 1), scale=scale,
+        heads(q, BK), heads(k, BK), do=heads(do, BV), inverse=rows_of(x.inverse, CHUNK), sums=rows_of(x.c_sum, 1),
+        from_start=rows_of(x.from_start, 1), to_end=rows_of(x.to_end, 1), erasing=rows_of(x.erasing, 1), scale=scale,
         score_scale=math.log2(scale), T=T, SEGMENT=table.segment or triton.cdiv(T, CHUNK), H=H, HV=HV, K=K, V=V,
-        PARTS=parts, STAGES=3 if parts == 1 else 2, TO_COMPUTE=240, TO_LOAD=24, num_warps=4,
-        maxnreg=248 if parts == 1 else 168, **arguments,
+        PARTS=parts, STAGES=3 if parts == 1 else 2, TO_COMPUTE=REGISTERS_TO_COMPUTE, TO_LOAD=REGISTERS_TO_LOAD,
+        num_warps=4, maxnreg=248 if parts == 1 else REGISTERS, **arguments,
     )  # fmt: skip
 
 
@@ -536,9 +506,9 @@ def scan_both_ways(
 ) -> None:  # fmt: skip
     """``before`` and ``after`` are those of each segment, ``X [B, T, HV, V]``; ``x`` is without scores."""
     _launch(
-        x, do, q, k, table, scale, 2 * table.segments, v=_heads(v, BV), transition=_rows(x.T, CHUNK),
-        states=_tiles(states, BV, BK), written=_tiles(written, BV, CHUNK), dstates=_tiles(dstates, BV, BK),
-        X=_heads(X, BV), before=before, after=after, leave=leave, MAP=False,
+        x, do, q, k, table, scale, 2 * table.segments, v=heads(v, BV), transition=rows_of(x.T, CHUNK),
+        states=matrices(states, BV, BK), written=matrices(written, BV, CHUNK), dstates=matrices(dstates, BV, BK),
+        X=heads(X, BV), before=before, after=after, leave=leave, MAP=False,
     )  # fmt: skip
 
 

@@ -26,8 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gdn_ops.kernels.hopper.both_ways import _tiles
-from gdn_ops.kernels.hopper.scan import _exp2, _heads, _rows
+from gdn_ops.kernels.hopper.tiles import exp2, heads, matrices, rows_of
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk
@@ -228,7 +227,7 @@ def _compute(
             if part == 0:
                 low_c += score_scale
             x_half = x_cv.slice(part * 64, 64, 1).load(of_c).to(gl.float32)
-            D_cc = _exp2(
+            D_cc = exp2(
                 (high.load(row_c)[:, None] - high.load(col_c)[None, :]) + (low_c[:, None] - low.load(col_c)[None, :])
             )
             mbarrier.wait(full.index(1), phase)
@@ -406,9 +405,9 @@ def gradients(
     items = B * triton.cdiv(T, CHUNK) * H
     programs = min(items, chip_of(q).multiprocessors)
     hopper_gradient_kernel[(programs,)](
-        _heads(q, SIZE), _heads(k, SIZE), _heads(v, SIZE), _heads(do, SIZE), _tiles(states, 64, SIZE),
-        _tiles(dstates, 64, SIZE), _tiles(written, SIZE, CHUNK), _heads(dv, SIZE), _rows(x.c_sum, 1),
-        _rows(x.from_start, 1), _rows(x.to_end, 1), _rows(x.beta, 1), _heads(dq, SIZE), _heads(dk, SIZE),
-        _heads(dv, SIZE), dg, dbeta, scale, math.log2(scale), T, items, programs, H=H, HV=HV,
+        heads(q, SIZE), heads(k, SIZE), heads(v, SIZE), heads(do, SIZE), matrices(states, 64, SIZE),
+        matrices(dstates, 64, SIZE), matrices(written, SIZE, CHUNK), heads(dv, SIZE), rows_of(x.c_sum, 1),
+        rows_of(x.from_start, 1), rows_of(x.to_end, 1), rows_of(x.beta, 1), heads(dq, SIZE), heads(dk, SIZE),
+        heads(dv, SIZE), dg, dbeta, scale, math.log2(scale), T, items, programs, H=H, HV=HV,
         TO_COMPUTE=REGISTERS_TO_COMPUTE, TO_HELP=REGISTERS_TO_HELP, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

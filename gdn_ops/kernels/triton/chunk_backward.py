@@ -55,7 +55,7 @@ from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of, chun
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk, intra_chunk, precision_of, strides_of
 from gdn_ops.kernels.triton.launch import launch
-from gdn_ops.kernels.triton.segments import Maps, combine, maps, segment_length
+from gdn_ops.kernels.triton.segments import combine, maps, segment_length
 
 
 @triton.jit
@@ -606,11 +606,11 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
 
         map_back, run = (partial(way, q=q, scale=scale) for way in (both_ways.reverse_maps, both_ways.scan_both_ways))
     if table.segment is not None:
-        forth = maps(x, k, v, table, initial_state)
-        before = combine(forth, initial_state, None, q, T, table, reverse=False)
-        back = Maps(forth.M, forth.B)  # B has been used: its memory takes that of the way back
-        map_back(x, do, k, table, enter=dfinal_state, leave=back.B)
-        after = combine(back, dfinal_state, leave, q, T, table, reverse=True)
+        segments = maps(x, k, v, table, initial_state)
+        before = combine(segments, initial_state, None, q, T, table, reverse=False)
+        # M is that of the way back, too; B has been used, and its memory takes the other one.
+        map_back(x, do, k, table, enter=dfinal_state, leave=segments.B)
+        after = combine(segments, dfinal_state, leave, q, T, table, reverse=True)
     states = torch.empty((table.chunks, HV, V, K), dtype=q.dtype, device=device)
     written = torch.empty((table.chunks, HV, V, CHUNK), dtype=q.dtype, device=device)
     dstates = torch.empty_like(states)

@@ -1,0 +1,109 @@
+"""What the kernels for Hopper share: sizes of tiles, pieces of kernels, and descriptors of tensors for the copy engine.
+
+Scores ``P = scale (Q K^T) * D`` of a chunk are made by the warpgroups of a program together, ``PARTS`` of them, each
+with its own columns, and left in shared memory. ``D = exp(c_i - c_j)`` comes from sums in two fp32 terms and in units
+of log2: differences of fp64 are slow.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gdn_ops.kernels.triton.chunk_table import CHUNK
+
+BK = 128
+BV = 64  # columns of a warpgroup
+# Three warpgroups, one of them for the loader: ptxas plans with the mean, and the roles take what they need.
+REGISTERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_LOAD = 168, 240, 24
+
+
+@gluon.jit
+def exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    wraps = stage + 1 == STAGES
+    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def last_of(row, layout: gl.constexpr, C: gl.constexpr):
+    """The last number of a row in shared memory. A load from memory would be waited for at the next fence."""
+    return gl.sum(row.reshape([C]).slice(C - 1, 1).load(layout), 0)
+
+
+@gluon.jit
+def state_tile(first, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, layout: gl.constexpr):
+    """Offsets in a state ``[K, V]`` of a tile ``[BV, BK]``, and what of it exists. Where ``first`` comes from is hidden
+    from the compiler, which would keep the tile in registers from one use to the next."""
+    first = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [first], dtype=gl.int32, is_pure=False, pack=1)
+    in_v = first + gl.arange(0, BV, gl.SliceLayout(1, layout))
+    in_k = gl.arange(0, BK, gl.SliceLayout(0, layout))
+    return in_k[None, :] * V + in_v[:, None], (in_v < V)[:, None] & (in_k < K)[None, :]
+
+
+@gluon.jit
+def likeness(q_s, k_s, stage, PARTS: gl.constexpr, part: gl.constexpr):
+    """Starts a warpgroup's columns of ``Q K^T``."""
+    C: gl.constexpr = k_s.shape[3]
+    BK: gl.constexpr = k_s.shape[4]
+    WIDTH: gl.constexpr = C // PARTS
+    of_p: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
+    none = gl.zeros([C, WIDTH], gl.float32, of_p)
+    k_kj = k_s.index(stage).reshape([C, BK]).slice(part * WIDTH, WIDTH).permute((1, 0))
+    return warpgroup_mma(q_s.index(stage).reshape([C, BK]), k_kj, none, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def decays(c_s, stage, score_scale, C: gl.constexpr, PARTS: gl.constexpr, part: gl.constexpr):
+    WIDTH: gl.constexpr = C // PARTS
+    of_p: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
+    along_i: gl.constexpr = gl.SliceLayout(1, of_p)
+    along_j: gl.constexpr = gl.SliceLayout(0, of_p)
+    sums = c_s.index(stage).reshape([2 * C])
+    high_i = sums.slice(0, C).load(along_i)
+    low_i = sums.slice(C, C).load(along_i) + score_scale
+    high_j = sums.slice(part * WIDTH, WIDTH).load(along_j)
+    low_j = sums.slice(C + part * WIDTH, WIDTH).load(along_j)
+    return exp2((high_i[:, None] - high_j[None, :]) + (low_i[:, None] - low_j[None, :]))
+
+
+@gluon.jit
+def keep_scores(qk_cj, D_cj, p_cc, PARTS: gl.constexpr, part: gl.constexpr):
+    C: gl.constexpr = qk_cj.shape[0]
+    WIDTH: gl.constexpr = qk_cj.shape[1]
+    rows = gl.arange(0, C, gl.SliceLayout(1, qk_cj.type.layout))
+    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, qk_cj.type.layout))
+    lower = rows[:, None] >= part * WIDTH + columns[None, :]
+    p_cc.slice(part * WIDTH, WIDTH, 1).store(gl.where(lower, qk_cj * D_cj, 0.0).to(p_cc.dtype))
+    fence_async_shared()
+
+
+def heads(x: Tensor, width: int) -> TensorDescriptor:
+    """Tiles of ``CHUNK`` tokens by ``width`` features of ``x [B, T, H, features]``."""
+    x = x.transpose(1, 2)
+    # The stride of an axis of one is never used, and may be any number.
+    strides = [stride if size > 1 else 16 for size, stride in zip(x.shape[:-1], x.stride())]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, CHUNK, width], layout)
+
+
+def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
+    """``rows`` rows of ``x [..., width]``, which is contiguous."""
+    x = x.view(-1, x.shape[-1])
+    bits = 8 * x.element_size()
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128 if rows > 1 else 0, element_bitwidth=bits, rank=2)
+    return TensorDescriptor(x, list(x.shape), [x.shape[-1], 1], [rows, x.shape[-1]], layout)
+
+
+def matrices(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles of the matrices ``x [chunks, HV, rows, columns]``."""
+    x = x.flatten(0, 1)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, columns], layout)
