@@ -129,12 +129,19 @@ def _together(x, y, z):
 
 
 @gluon.jit
+def _column(x, columns, i: gl.constexpr):
+    return gl.sum(gl.where(columns[None, :] == i, x, 0.0), 1)
+
+
+@gluon.jit
 def _gates(dg, dbeta, sums_s, summed, gated, items, programs, T, NT, H: gl.constexpr, HV: gl.constexpr):
     """Every gate of a chunk reaches what the tokens after it read and write, and the state after the chunk."""
     C: gl.constexpr = 64
     GROUP: gl.constexpr = HV // H
+    four: gl.constexpr = gl.BlockedLayout([2, 4], [32, 1], [1, 1], [1, 0])
     plain: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     rows = gl.arange(0, C, plain)
+    columns = gl.arange(0, 4, gl.SliceLayout(0, four))
     members = 0
     for item in range(gl.program_id(0), items, programs):
         chunk = item // H
@@ -144,9 +151,10 @@ def _gates(dg, dbeta, sums_s, summed, gated, items, programs, T, NT, H: gl.const
         for member in range(GROUP):
             turn = members & 1
             mbarrier.wait(summed.index(turn), members >> 1 & 1)
-            of_gate = sums_s.index(6 * turn + 0).load(plain) + sums_s.index(6 * turn + 3).load(plain)
-            ended = sums_s.index(6 * turn + 1).load(plain) + sums_s.index(6 * turn + 4).load(plain)
-            of_beta = sums_s.index(6 * turn + 2).load(plain) + sums_s.index(6 * turn + 5).load(plain)
+            sums = sums_s.index(2 * turn).load(four) + sums_s.index(2 * turn + 1).load(four)
+            of_gate = gl.convert_layout(_column(sums, columns, 0), plain, assert_trivial=True)
+            ended = gl.convert_layout(_column(sums, columns, 1), plain, assert_trivial=True)
+            of_beta = gl.convert_layout(_column(sums, columns, 2), plain, assert_trivial=True)
             of_gate, ended, of_beta = _together(of_gate, ended, of_beta)
             mbarrier.arrive(gated.index(turn), count=1)
             after = gl.associative_scan(gl.where(real, of_gate, 0.0), 0, _add, reverse=True) + gl.sum(ended, 0)
@@ -190,6 +198,12 @@ def _compute(
     rows = gl.arange(0, C, row_c)
     columns = gl.arange(0, C, col_c)
     none = gl.zeros([C, 64], gl.float32, of_c)
+    # The four threads that have the same row of a product, and so its sums, leave one of them each.
+    of_4: gl.constexpr = gl.DistributedLinearLayout(
+        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [C, 4]
+    )
+    row_4: gl.constexpr = gl.SliceLayout(1, of_4)
+    which = gl.arange(0, 4, gl.SliceLayout(0, of_4))[None, :]
     number = 0
     members = 0
     for item in range(gl.program_id(0), items, programs):
@@ -282,10 +296,13 @@ def _compute(
             as_row = -gl.sum(r_ck * k_ck, 1)
             as_column = gl.sum(toward_k * k_ck, 1)
             dk_ck += toward_k - r_ck * beta_c[:, None]
+            of_gate = gl.convert_layout(as_query + as_row * beta_c - as_column, row_4, assert_trivial=True)
+            ended = gl.convert_layout(ended, row_4, assert_trivial=True)
+            of_beta = gl.convert_layout(as_row + of_value, row_4, assert_trivial=True)
             mbarrier.wait(gated.index(phase), (members >> 1 & 1) ^ 1)
-            sums_s.index(6 * phase + 3 * part + 0).store(as_query + as_row * beta_c - as_column)
-            sums_s.index(6 * phase + 3 * part + 1).store(ended)
-            sums_s.index(6 * phase + 3 * part + 2).store(as_row + of_value)
+            sums_s.index(2 * phase + part).store(
+                gl.where(which == 0, of_gate[:, None], gl.where(which == 1, ended[:, None], of_beta[:, None]))
+            )
             mbarrier.arrive(summed.index(phase), count=1)
             if part == 1:  # the pair before has left, too
                 tma.store_wait(0)
@@ -337,7 +354,7 @@ def hopper_gradient_kernel(
     """``X`` and ``dv`` are the same memory."""
     dtype: gl.constexpr = k.dtype
     two: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     NT = (T + 63) // 64
     tiles = gl.allocate_shared_memory(dtype, [8, 64, 128], two)
     q_s = gl.allocate_shared_memory(dtype, [2] + q.block_type.shape, q.layout)
@@ -349,7 +366,7 @@ def hopper_gradient_kernel(
     g_s = gl.allocate_shared_memory(gl.float32, [2] + from_start.block_type.shape, from_start.layout)
     d_s = gl.allocate_shared_memory(gl.float32, [2] + to_end.block_type.shape, to_end.layout)
     b_s = gl.allocate_shared_memory(gl.float32, [2] + beta.block_type.shape, beta.layout)
-    sums_s = gl.allocate_shared_memory(gl.float32, [12, 64], plain)
+    sums_s = gl.allocate_shared_memory(gl.float32, [4, 64, 4], plain)
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     qk_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
