@@ -74,6 +74,7 @@ chunk_gated_delta_rule = register(
     "chunk_gated_delta_rule" + _FORWARD,
     cpu=cpu.chunk_forward,
     triton="chunk_forward:chunk_forward",
+    whole="chunk_forward:stays_whole",
     fake=_fake_forward,
     backward=(_backward, _setup_context),
     autocast=(0, 1, 2),
@@ -84,6 +85,7 @@ chunk_gated_delta_rule_backward = register(
     "Tensor? cu_seqlens, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=cpu.chunk_backward,
     triton="chunk_backward:chunk_backward",
+    whole="chunk_backward:stays_whole",
     fake=_fake_backward,
     flops=_backward_flops,
 )

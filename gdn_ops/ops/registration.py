@@ -20,6 +20,7 @@ def register(
     cpu: Callable,
     triton: str,
     fake: Callable,
+    whole: str | None = None,
     backward: tuple[Callable, Callable] | None = None,
     autocast: Sequence[int] = (),
     flops: Callable | None = None,
@@ -30,7 +31,8 @@ def register(
     ``cpu`` is plain torch and serves fp64 on CUDA as well. ``triton`` is ``"module:function"`` in
     ``gdn_ops.kernels.triton``, imported at the first CUDA call. While ``torch.compile`` or AOTInductor traces CUDA
     tensors, the call is replaced by that function's kernels, so that Inductor sees them; ``torch.export`` keeps the
-    operator as one node.
+    operator as one node. So does ``torch.compile`` where ``whole``, named like ``triton`` and called with the same
+    arguments, says that there are kernels that no graph can hold and that are worth it.
     ``backward`` is ``(backward, setup_context)``; without it, a backward pass through the operator raises
     ``NotImplementedError``. ``autocast`` gives the positions cast to the autocast dtype: gates
     and states stay as they are, which is why torch's own all-tensors rule is not used.
@@ -38,7 +40,7 @@ def register(
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, cpu, "CPU")
-    run, trace = _cuda_rules(triton, cpu)
+    run, trace = _cuda_rules(triton, cpu, whole)
     LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"gdn::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.gdn, name).default
@@ -54,15 +56,18 @@ def register(
     return op
 
 
-def _cuda_rules(triton: str, plain: Callable) -> tuple[Callable, Callable]:
+def _cuda_rules(triton: str, plain: Callable, whole: str | None) -> tuple[Callable, Callable]:
     """How CUDA tensors are served when the call runs, and when a compiler traces it."""
-    module, function = triton.split(":")
+
+    def found(name: str) -> Callable:
+        module, function = name.split(":")
+        return getattr(importlib.import_module(f"gdn_ops.kernels.triton.{module}"), function)
 
     def implementation(args) -> Callable:
         if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in args[:3]):
             return plain
         try:
-            return getattr(importlib.import_module(f"gdn_ops.kernels.triton.{module}"), function)
+            return found(triton)
         except ModuleNotFoundError as error:
             if error.name != "triton":
                 raise
@@ -72,8 +77,13 @@ def _cuda_rules(triton: str, plain: Callable) -> tuple[Callable, Callable]:
         with torch.cuda.device(args[0].device):
             return implementation(args)(*args)
 
-    def trace(mode, op, types, args, kwargs):
+    def stays_whole(mode, args) -> bool:
         if _is_exporting(mode) or args[0].device.type != "cuda" or implementation(args) is plain:
+            return True
+        return whole is not None and not _is_packaging() and found(whole)(*args)
+
+    def trace(mode, op, types, args, kwargs):
+        if stays_whole(mode, args):
             return mode.__torch_dispatch__(op, types, args, kwargs)
         from gdn_ops.kernels.triton.launch import traced
 
@@ -85,9 +95,13 @@ def _cuda_rules(triton: str, plain: Callable) -> tuple[Callable, Callable]:
 
 def _is_exporting(mode: FunctionalTensorMode) -> bool:
     """Whether the graph being traced is a program, not the code that AOTInductor makes of one (an "export" as well)."""
+    return mode.export and not _is_packaging()
+
+
+def _is_packaging() -> bool:
     from torch._inductor.virtualized import V
 
-    return mode.export and not V.aot_compilation
+    return V.aot_compilation
 
 
 def _autograd_rule(op: torch._ops.OpOverload, backward: Callable | None, setup_context: Callable | None) -> Callable:

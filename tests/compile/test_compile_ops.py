@@ -217,6 +217,36 @@ def test_inductor_sees_the_triton_kernels(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("V", [128, 256])
+def test_large_calls_on_hopper_stay_whole(mode, V):
+    """Inductor does not take their kernels. A graph for any length, traced at a large one, serves small ones as well.
+    With wide values all that goes for the forward alone."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the kernels are for Hopper")
+    compiled = torch.compile(gdn_ops.chunk_gated_delta_rule, mode=mode, fullgraph=True)
+
+    def run(rule, T):
+        x = make_inputs(2, T, 8, 8, 128, V, torch.bfloat16, "cuda", seed=T)
+        y = leaves(x) if rule is gdn_ops.chunk_gated_delta_rule or mode else mark_length(leaves(x))
+        o = rule(**y)[0]
+        names = [n for n in TOKENS if n in y]
+        return o.clone(), *(x.clone() for x in torch.autograd.grad(o, [y[n] for n in names], torch.ones_like(o)))
+
+    got, codes = run_and_get_code(run, compiled, 4096)
+    code = "\n".join(codes)
+    assert "gdn.chunk_gated_delta_rule.default" in code
+    assert ("gdn.chunk_gated_delta_rule_backward.default" in code) == (V == 128)
+    for T, results in ((4096, got), (4100, run(compiled, 4100)), (100, run(compiled, 100))):
+        same = T > 100 or mode is None
+        for i, (result, want) in enumerate(zip(results, run(gdn_ops.chunk_gated_delta_rule, T))):
+            if same and (i == 0 or V == 128):
+                assert torch.equal(result, want), (T, i)
+            else:
+                assert_close(result, want, TOLERANCE[torch.bfloat16].gates, f"T={T}, {i}")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", MODULES)
 def test_cuda_graphs(name):
     """``mode="reduce-overhead"`` records and replays: other inputs give other, right results, varlen too."""

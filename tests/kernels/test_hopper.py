@@ -128,6 +128,32 @@ def test_only_a_hopper_gpu_serves():
     assert not hopper.serves(x["q"], x["k"], x["v"], 0.1, chunk_table(1, 130, None, None))
 
 
+@pytest.mark.parametrize(
+    "change, whole",
+    [
+        ({}, True),
+        ({"V": 200, "widest": 512}, True),
+        ({"V": 256}, False),
+        ({"V": 64}, False),
+        ({"K": 64}, False),
+        ({"K": 192}, False),
+        ({"T": 8191}, False),
+        ({"dtype": torch.float32}, False),
+        ({"packed": True}, False),
+    ],
+    ids=str,
+)
+def test_what_a_compiled_graph_leaves_to_these_kernels(monkeypatch, change, whole):
+    at = {"T": 8192, "K": 128, "V": 128, "dtype": torch.bfloat16, "packed": False, "widest": 128, **change}
+    q, v = (torch.empty(1, at["T"], 8, at[width], dtype=at["dtype"], device="meta") for width in "KV")
+    bounds = torch.empty(3, dtype=torch.int32, device="meta") if at["packed"] else None
+    assert not hopper.serves_whole(q, v, bounds, at["widest"])  # no such GPU
+    monkeypatch.setattr(hopper, "is_for", lambda x: True)
+    assert hopper.serves_whole(q, v, bounds, at["widest"]) == whole
+    with batch_invariant():
+        assert not hopper.serves_whole(q, v, bounds, at["widest"])
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Every start of the kernel."""

@@ -1,12 +1,14 @@
 """Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: the scans and the gradients on
 Hopper.
 
-They are written in Gluon (``triton.experimental.gluon``, part of Triton), which Inductor does not take: compiled graphs
-and packages hold the portable kernels, their twins.
+They are written in Gluon (``triton.experimental.gluon``, part of Triton), which Inductor does not take. For their sake
+a large call stays one node in the graphs of ``torch.compile`` (:func:`serves_whole`); small ones, and packages, are
+made of the portable kernels, their twins.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import triton
@@ -16,6 +18,9 @@ from gdn_ops.kernels.batch_invariance import is_batch_invariant
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.launch import is_traced
+
+# Tokens times heads from which on the GPU takes longer for a call than the host does to start its kernels.
+TOKENS_TO_PAY = 1 << 16
 
 
 @cache
@@ -55,6 +60,27 @@ def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable) -> 
         and scale > 0
         and table.chunks * v.shape[2] * CHUNK < 2**31
         and all(map(_is_copied, (q, k, v)))
+    )
+
+
+def _hint(size) -> int:
+    """An axis's length, or what it was in the call that is traced: no guard comes of it."""
+    return size if isinstance(size, int) else getattr(size.node, "hint", None) or 0
+
+
+def serves_whole(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, widest: int) -> bool:
+    """Whether ``torch.compile`` had better leave a call as it is, since these kernels take it, with values up to
+    ``widest``. The host pays for it: it starts each of them by Triton's own launcher."""
+    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    return (
+        is_for(q)
+        and not is_batch_invariant()
+        and cu_seqlens is None
+        and q.element_size() == 2
+        and all(isinstance(width, int) for width in (K, V))
+        and 64 < K <= 128
+        and 64 < V <= widest
+        and math.prod(map(_hint, (B, T, HV))) >= TOKENS_TO_PAY
     )
 
 

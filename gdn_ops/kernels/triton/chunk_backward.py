@@ -585,6 +585,11 @@ def chunk_backward(
     return dq, dk, dv, dg, dbeta, dS[:, :, :K, :V].contiguous()
 
 
+def stays_whole(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale) -> bool:
+    """Whether a compiled graph leaves this call of ``chunk_backward`` as it is."""
+    return hopper.serves_whole(q, v, cu_seqlens, 128)
+
+
 def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, scale) -> tuple[Tensor, ...]:
     """The same for aligned inputs of at least two tokens."""
     (B, T, H, K), (HV, V), device = q.shape, v.shape[2:], q.device

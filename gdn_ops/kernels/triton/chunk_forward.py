@@ -353,6 +353,11 @@ def chunk_forward(
     return o[..., :V].contiguous(), final_state[:, :, :K, :V].contiguous()
 
 
+def stays_whole(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state) -> bool:
+    """Whether a compiled graph leaves this call of ``chunk_forward`` as it is."""
+    return hopper.serves_whole(q, v, cu_seqlens, 512)
+
+
 def ahead_of_time_inputs(dtype: torch.dtype, H: int, HV: int, K: int, V: int, packed: bool) -> tuple:
     """Tensors without storage for ``chunk_forward`` at one shape."""
     T, N = 4096, 3 if packed else 1
