@@ -144,9 +144,18 @@ def _choose(condition, x, y):
 
 
 @gluon.jit
+def _tile(C: gl.constexpr):
+    """Two, or stores into one would wait for each other."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
+    high = gl.allocate_shared_memory(gl.bfloat16, [C, 16], layout)
+    low = gl.allocate_shared_memory(gl.bfloat16, [C, 16], layout)
+    return high, low
+
+
+@gluon.jit
 def _keep(tile, high, low):
-    tile.index(0).store(high)
-    tile.index(1).store(low)
+    tile[0].store(high)
+    tile[1].store(low)
 
 
 @gluon.jit
@@ -157,21 +166,33 @@ def _product(a, tile, block: gl.constexpr, to):
     right: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=of, k_width=2)
     high = gl.convert_layout(a[0], left)
     low = gl.convert_layout(a[1], left)
-    b_high = tile.index(0).slice(16 * block, 16).load(right)
-    b_low = tile.index(1).slice(16 * block, 16).load(right)
+    b_high = tile[0].slice(16 * block, 16).load(right)
+    b_low = tile[1].slice(16 * block, 16).load(right)
     to = mma_v2(low, b_high, to)
     to = mma_v2(high, b_low, to)
     return mma_v2(high, b_high, to)
 
 
 @gluon.jit
-def _minus_a(kk, minus_beta_i, high_i, low_i, high_s, low_s, block: gl.constexpr):
-    """Sixteen columns of ``-A``, for rows that are below all of them."""
-    along_j: gl.constexpr = gl.SliceLayout(0, kk.type.layout)
-    high_j = high_s.slice(16 * block, 16).load(along_j)
-    low_j = low_s.slice(16 * block, 16).load(along_j)
-    D = exp2((high_i[:, None] - high_j[None, :]) + (low_i[:, None] - low_j[None, :]))
-    return kk * minus_beta_i[:, None] * D
+def _from_lane(x, lane):
+    """The second of two values of each lane, of one lane for all."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $3, $4, 31, -1; mov.b32 $1, $0;",
+        "=&r,=r,r,r,r,r",
+        [x, lane],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _minus_a(kk, since_i, until_s, by_warp: gl.constexpr, block: gl.constexpr):
+    """Sixteen columns of ``-A`` in terms, for rows that are below all of them."""
+    C: gl.constexpr = kk.shape[0]
+    until_j = until_s.slice(16 * block, 16, 1).load(gl.SliceLayout(1, by_warp))[:, None, :]
+    until_j = (until_j + gl.zeros([4, 16, 16], gl.float32, by_warp)).reshape([C, 16])
+    return _terms(kk * since_i[:, None] * gl.convert_layout(until_j, kk.type.layout, assert_trivial=True))
 
 
 @gluon.jit
@@ -198,11 +219,15 @@ def _round_rows(out, rows_s, alike_s, BACKWARDS: gl.constexpr):
 
 
 @gluon.jit
-def _keep_square(tile, x0, x1, x2, x3):
-    tile.slice(0, 16, 1).store(x0.to(tile.dtype))
-    tile.slice(16, 16, 1).store(x1.to(tile.dtype))
-    tile.slice(32, 16, 1).store(x2.to(tile.dtype))
-    tile.slice(48, 16, 1).store(x3.to(tile.dtype))
+def _beside(left, right):
+    ROWS: gl.constexpr = left.shape[0]
+    COLUMNS: gl.constexpr = left.shape[1]
+    return gl.join(left, right).permute((0, 2, 1)).reshape([ROWS, 2 * COLUMNS])
+
+
+@gluon.jit
+def _square(x0, x1, x2, x3):
+    return _beside(_beside(x0, x1), _beside(x2, x3))
 
 
 @gluon.jit
@@ -229,10 +254,10 @@ def hopper_invert_kernel(
     inverse,
     T,
     stride_g_b,
-    stride_g_t,
+    stride_g_t: gl.constexpr,
     stride_g_h,
     stride_beta_b,
-    stride_beta_t,
+    stride_beta_t: gl.constexpr,
     stride_beta_h,
     H: gl.constexpr,
     HV: gl.constexpr,
@@ -255,10 +280,10 @@ def hopper_invert_kernel(
     )
     own_i: gl.constexpr = gl.SliceLayout(2, by_warp)
     own_j: gl.constexpr = gl.SliceLayout(1, by_warp)
+    each: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
     every_warp: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     plain_2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    terms: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [1, 0])
 
     program = gl.program_id(0)
     hv = program % HV
@@ -275,31 +300,37 @@ def hopper_invert_kernel(
 
     rows = gl.arange(0, C, every_warp)
     real = rows < T - begin
-    token = (begin + rows).to(gl.int64)
-    g += b.to(gl.int64) * stride_g_b + hv.to(gl.int64) * stride_g_h
-    beta += b.to(gl.int64) * stride_beta_b + hv.to(gl.int64) * stride_beta_h
-    g_c = gl.load(g + token * stride_g_t, mask=real, other=0.0)
-    beta_c = gl.load(beta + token * stride_beta_t, mask=real, other=0.0).to(gl.float32)
-    g_c = g_c.to(gl.float64)
+    g += b.to(gl.int64) * stride_g_b + begin.to(gl.int64) * stride_g_t + hv.to(gl.int64) * stride_g_h
+    beta += b.to(gl.int64) * stride_beta_b + begin.to(gl.int64) * stride_beta_t + hv.to(gl.int64) * stride_beta_h
+    g_c = gl.load(g + rows * stride_g_t, mask=real, other=0.0).to(gl.float64)
+    beta_c = gl.load(beta + rows * stride_beta_t, mask=real, other=0.0).to(gl.float32)
     g_c = gl.where(g_c < WEAKEST, WEAKEST, g_c) * LOG2_E
     c = gl.associative_scan(g_c, 0, _add)
-    total = gl.sum(g_c, 0)
     high_c = c.to(gl.float32)
     low_c = (c - high_c.to(gl.float64)).to(gl.float32)
     high_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     low_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     beta_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     gate_s = gl.allocate_shared_memory(gl.float32, [C], plain)
+    ends_s = gl.allocate_shared_memory(gl.float32, [4, C], plain_2)
+    until_s = gl.allocate_shared_memory(gl.float32, [4, C], plain_2)
     high_s.store(high_c)
     low_s.store(low_c)
     beta_s.store(beta_c)
     gate_s.store(exp2(g_c.to(gl.float32)))
+    # Decay from a token to the end of the block before a warp's, or about there: where is the same for the decay from
+    # there on, and so neither is above one by more than that.
+    lane = gl.arange(0, 4, gl.SliceLayout(1, each))[:, None] * 8 - 1
+    high_wc = gl.convert_layout(high_c, gl.SliceLayout(0, each), assert_trivial=True)[None, :]
+    low_wc = gl.convert_layout(low_c, gl.SliceLayout(0, each), assert_trivial=True)[None, :]
+    end = _from_lane(high_wc, lane)
+    ends_s.store(end)
+    until_s.store(exp2((end - high_wc) - low_wc))
     here = program.to(gl.int64) * C
     grown = exp2(high_c)
     gl.store(c_sum + here * 2 + rows, high_c)
     gl.store(c_sum + here * 2 + C + rows, low_c)
     gl.store(from_start + here + rows, grown)
-    gl.store(to_end + here + rows, exp2((total - c).to(gl.float32)) * (1 / SCALE))
     if erasing is not None:
         gl.store(rate + here + rows, beta_c)
         gl.store(erasing + here + rows, -beta_c * grown)
@@ -308,9 +339,19 @@ def hopper_invert_kernel(
     k_ck = k_s.reshape([C, BK])
     none = gl.zeros([C, C], gl.float32, kk_layout)
     kk = warpgroup_mma(k_ck, k_ck.permute((1, 0)), none, use_acc=False, is_async=True)
-    high_i = high_s.load(along_i)
-    low_i = low_s.load(along_i)
-    minus_beta_i = -beta_s.load(along_i)
+    left = (high_s.slice(C - 1, 1).load(every_warp) - high_c) + (low_s.slice(C - 1, 1).load(every_warp) - low_c)
+    gl.store(to_end + here + rows, exp2(left) * (1 / SCALE))
+    high = high_s.reshape([4, 16])
+    low = low_s.reshape([4, 16])
+    high_i = high.load(own_i)
+    low_i = low.load(own_i)
+    minus_beta_i = -beta_s.reshape([4, 16]).load(own_i)
+    since_i = (high_i - ends_s.slice(0, 1, 1).load(own_i)) + low_i
+    since_i = gl.convert_layout((minus_beta_i * exp2(since_i)).reshape([C]), along_i, assert_trivial=True)
+    high_j = high.load(own_j)
+    low_j = low.load(own_j)
+    own_D = exp2((high_i[:, :, None] - high_j[:, None, :]) + (low_i[:, :, None] - low_j[:, None, :]))
+    own_D = gl.convert_layout((own_D * minus_beta_i[:, :, None]).reshape([C, 16]), of, assert_trivial=True)
     kk = warpgroup_mma_wait(0, deps=(kk,))
     kk0, kk1, kk2, kk3 = _columns_of_16(kk, of)
 
@@ -318,14 +359,7 @@ def hopper_invert_kernel(
     j = gl.arange(0, 16, along_j)[None, :]
     warp = i >> 4
     own_kk = gl.where(warp == 0, kk0, gl.where(warp == 1, kk1, gl.where(warp == 2, kk2, kk3)))
-    high = high_s.reshape([4, 16])
-    low = low_s.reshape([4, 16])
-    own_D = exp2(
-        (high.load(own_i)[:, :, None] - high.load(own_j)[:, None, :])
-        + (low.load(own_i)[:, :, None] - low.load(own_j)[:, None, :])
-    )
-    own_D = gl.convert_layout(own_D.reshape([C, 16]), of, assert_trivial=True)
-    own_a = gl.where((i & 15) > j, own_kk * minus_beta_i[:, None] * own_D, 0.0)
+    own_a = gl.where((i & 15) > j, own_kk * own_D, 0.0)
 
     # How much of its key each token has in common with the one before it, after the decay in between.
     common = gl.where((i & 15) == j + 1, own_kk, 0.0)
@@ -338,18 +372,18 @@ def hopper_invert_kernel(
     alike_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     alike_s.store(alike)
 
-    a0_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, 16], terms)
-    a1_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, 16], terms)
-    a2_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, 16], terms)
-    a_high, a_low = _terms(_minus_a(kk0, minus_beta_i, high_i, low_i, high_s, low_s, 0))
+    a0_s = _tile(C)
+    a1_s = _tile(C)
+    a2_s = _tile(C)
+    a_high, a_low = _minus_a(kk0, since_i, until_s, by_warp, 0)
     _keep(a0_s, a_high, a_low)
-    a_high, a_low = _terms(_minus_a(kk1, minus_beta_i, high_i, low_i, high_s, low_s, 1))
+    a_high, a_low = _minus_a(kk1, since_i, until_s, by_warp, 1)
     _keep(a1_s, a_high, a_low)
-    a_high, a_low = _terms(_minus_a(kk2, minus_beta_i, high_i, low_i, high_s, low_s, 2))
+    a_high, a_low = _minus_a(kk2, since_i, until_s, by_warp, 2)
     _keep(a2_s, a_high, a_low)
     x = _invert_16(own_a)
     x_high, x_low = _terms(x)
-    x_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, 16], terms)
+    x_s = _tile(C)
     _keep(x_s, x_high, x_low)
 
     # Blocks (1, 0) and (3, 2), of the odd warps.
@@ -358,7 +392,7 @@ def hopper_invert_kernel(
     upper = warp < 2
     y = _terms(gl.where(upper, _product(a, a0_s, 1, zero), _product(a, a2_s, 3, zero)))
     y = gl.where(upper, _product(y, x_s, 0, zero), _product(y, x_s, 2, zero))
-    y_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, 16], terms)
+    y_s = _tile(C)
     y_high, y_low = _terms(y)
     _keep(y_s, y_high, y_low)
 
@@ -376,31 +410,47 @@ def hopper_invert_kernel(
     x1 = gl.where(warp == 0, 0.0, gl.where(warp == 1, x, right))
     x2 = gl.where(warp < 2, 0.0, gl.where(warp == 2, x, y))
     x3 = gl.where(warp < 3, 0.0, x)
-    rate_s = beta_s
-    t0 = x0 * (rate_s.slice(0, 16).load(along_j) * SCALE)[None, :]
-    t1 = x1 * (rate_s.slice(16, 16).load(along_j) * SCALE)[None, :]
-    t2 = x2 * (rate_s.slice(32, 16).load(along_j) * SCALE)[None, :]
-    t3 = x3 * (rate_s.slice(48, 16).load(along_j) * SCALE)[None, :]
+    x = _square(x0, x1, x2, x3)
+    t = x * (beta_s.load(gl.SliceLayout(0, x.type.layout)) * SCALE)[None, :]
     scaled += here * C
     dtype: gl.constexpr = k.dtype
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     if gl.max((gl.abs(alike_s.load(every_warp)) > ALIKE).to(gl.int32), 0) == 0:
-        t_s = gl.allocate_shared_memory(dtype, [C, C], square)
-        _keep_square(t_s, t0, t1, t2, t3)
+        t_s = k_s._reinterpret(dtype, [2, C, C], square).index(0)
+        t_s.store(t.to(dtype))
         if inverse is not None:
             inverse += here * C
-            i_s = gl.allocate_shared_memory(dtype, [C, C], square)
-            _keep_square(i_s.permute((1, 0)), x0, x1, x2, x3)
+            i_s = k_s._reinterpret(dtype, [2, C, C], square).index(1)
+            i_s.permute((1, 0)).store(x.to(dtype))
             _store(inverse, i_s)
         _store(scaled, t_s)
     else:
-        rows_s = gl.allocate_shared_memory(gl.float32, [C, C], plain_2)
-        _keep_square(rows_s, t0, t1, t2, t3)
+        rows_s = k_s._reinterpret(gl.float32, [C, C], plain_2)
+        rows_s.store(t)
         _round_rows(scaled, rows_s, alike_s, False)
         if inverse is not None:
             inverse += here * C
-            _keep_square(rows_s.permute((1, 0)), x0, x1, x2, x3)
+            rows_s.permute((1, 0)).store(x)
             _round_rows(inverse, rows_s, alike_s, True)
+    if True:  # each has its place to the end, or there would be barriers between uses of one
+        a0_s[0]._keep_alive()
+        a0_s[1]._keep_alive()
+        a1_s[0]._keep_alive()
+        a1_s[1]._keep_alive()
+        a2_s[0]._keep_alive()
+        a2_s[1]._keep_alive()
+        x_s[0]._keep_alive()
+        x_s[1]._keep_alive()
+        y_s[0]._keep_alive()
+        y_s[1]._keep_alive()
+        ready._keep_alive()
+        ends_s._keep_alive()
+        until_s._keep_alive()
+        gate_s._keep_alive()
+        high_s._keep_alive()
+        low_s._keep_alive()
+        beta_s._keep_alive()
+        alike_s._keep_alive()
 
 
 def intra_chunk(
