@@ -6,9 +6,9 @@ The chunk is four blocks of 16 tokens, and warp ``w`` has the rows of block ``w`
 1. ``K K^T`` by the tensor cores of all four, from a tile that the copy engine (TMA) brings while the gates are summed;
    ``A_ij = beta_i (k_i . k_j) exp(c_i - c_j)``, by sums in two fp32 terms.
 2. Each warp inverts its block on the diagonal in registers, by forward substitution (``_substitution``).
-3. The rest is substitution of blocks, ``X_lower = -(X_below A) X_above``, of 16 and then of 32 tokens. Left operands are
-   what the same warp has in registers, right ones lie in shared memory. Products are three of two bfloat16 terms each,
-   good to 2^-16. What a product of all four warps computes for rows that have no such block is not used.
+3. The rest is substitution of blocks, ``X_lower = -(X_below A) X_above``, of 16 and then of 32 tokens. Left operands
+   are what the same warp has in registers, right ones lie in shared memory. Products are three of two bfloat16 terms
+   each, good to 2^-16. What all four warps compute for rows that have no such block is not used, and may be anything.
 
 Outputs, and how they are rounded, are those of ``invert_kernel``.
 """
@@ -16,7 +16,6 @@ Outputs, and how they are rounded, are those of ``invert_kernel``.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -36,15 +35,17 @@ from gdn_ops.kernels.triton.intra_chunk import ALIKE, LOG2_E, STRETCH, WEAKEST, 
 # As many as let five programs share a multiprocessor.
 REGISTERS = 96
 
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
+
 
 def substitution_steps() -> list[tuple]:
-    """Forward substitution in a block of 16 x 16 that a warp holds as the accumulator of a product.
+    """Forward substitution in a block of 16 x 16 that a warp holds as products leave it.
 
-    Lane ``l`` has rows ``l // 4 + 8 h`` and columns ``l % 4 * 2 + p + 8 q`` in register ``4 q + 2 h + p``. With ``Y`` the
-    identity at first, ``Y_i -= A_ij Y_j`` for ``j = 0, 1, ...``. ``A`` is strictly lower, so nothing asks which rows are
-    below ``j``; what is known to be zero is left out. Steps: ``("a", register, l)``, everyone's ``A_ij`` is in a lane of
-    its row, ``l`` of its four; ``("y", register, r)``, everyone's ``Y_j`` is in a lane of its columns, row ``r``;
-    ``("fma", y, a, y_j)``, registers, the last two of what has come last.
+    Lane ``l`` has rows ``l // 4 + 8 h`` and columns ``l % 4 * 2 + p + 8 q`` in register ``4 q + 2 h + p``. With ``Y``
+    the identity at first, ``Y_i -= A_ij Y_j`` for ``j = 0, 1, ...``. ``A`` is strictly lower, so nothing asks which
+    rows are below ``j``; what is known to be zero is left out. Steps: ``("a", register, l)``, everyone's ``A_ij`` from
+    lane ``l`` of the four of its row; ``("y", register, r)``, everyone's ``Y_j`` from row ``r`` of its columns;
+    ``("fma", y, a, y_j)``, registers of ``Y``, of the last ``A_ij`` and of the last ``Y_j``.
     """
     steps = []
     for j in range(15):
@@ -91,9 +92,7 @@ def _add(x, y):
 @gluon.jit
 def _invert_16(minus_a):
     """``(I + A)^-1`` of every warp's block."""
-    return gl.inline_asm_elementwise(
-        _SUBSTITUTION, _OPERANDS, [minus_a], dtype=gl.float32, is_pure=False, pack=8
-    )
+    return gl.inline_asm_elementwise(_SUBSTITUTION, _OPERANDS, [minus_a], dtype=gl.float32, is_pure=False, pack=8)
 
 
 @gluon.jit
@@ -297,13 +296,15 @@ def hopper_invert_kernel(
     fence_async_shared()
     mbarrier.expect(ready, k.block_type.nbytes)
     tma.async_copy_global_to_shared(k, [b, hv // (HV // H), begin, 0], ready, k_s)
+    barrier()  # or ptxas starts the copy after the sums of the gates
 
     rows = gl.arange(0, C, every_warp)
     real = rows < T - begin
     g += b.to(gl.int64) * stride_g_b + begin.to(gl.int64) * stride_g_t + hv.to(gl.int64) * stride_g_h
     beta += b.to(gl.int64) * stride_beta_b + begin.to(gl.int64) * stride_beta_t + hv.to(gl.int64) * stride_beta_h
-    g_c = gl.load(g + rows * stride_g_t, mask=real, other=0.0).to(gl.float64)
+    g_c = gl.load(g + rows * stride_g_t, mask=real, other=0.0)
     beta_c = gl.load(beta + rows * stride_beta_t, mask=real, other=0.0).to(gl.float32)
+    g_c = g_c.to(gl.float64)
     g_c = gl.where(g_c < WEAKEST, WEAKEST, g_c) * LOG2_E
     c = gl.associative_scan(g_c, 0, _add)
     high_c = c.to(gl.float32)
@@ -416,11 +417,11 @@ def hopper_invert_kernel(
     dtype: gl.constexpr = k.dtype
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     if gl.max((gl.abs(alike_s.load(every_warp)) > ALIKE).to(gl.int32), 0) == 0:
-        t_s = k_s._reinterpret(dtype, [2, C, C], square).index(0)
+        t_s = k_s._reinterpret(dtype, [C, C], square)
         t_s.store(t.to(dtype))
         if inverse is not None:
             inverse += here * C
-            i_s = k_s._reinterpret(dtype, [2, C, C], square).index(1)
+            i_s = gl.allocate_shared_memory(dtype, [C, C], square)
             i_s.permute((1, 0)).store(x.to(dtype))
             _store(inverse, i_s)
         _store(scaled, t_s)
@@ -433,10 +434,6 @@ def hopper_invert_kernel(
             rows_s.permute((1, 0)).store(x)
             _round_rows(inverse, rows_s, alike_s, True)
     if True:  # each has its place to the end, or there would be barriers between uses of one
-        a0_s[0]._keep_alive()
-        a0_s[1]._keep_alive()
-        a1_s[0]._keep_alive()
-        a1_s[1]._keep_alive()
         a2_s[0]._keep_alive()
         a2_s[1]._keep_alive()
         x_s[0]._keep_alive()
@@ -453,10 +450,8 @@ def hopper_invert_kernel(
         alike_s._keep_alive()
 
 
-def intra_chunk(
-    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False
-) -> IntraChunk:  # fmt: skip
-    """What ``intra_chunk.intra_chunk`` gives without scores, for calls that ``hopper.serves`` takes; ``P`` is None."""
+def invert(k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False) -> IntraChunk:
+    """What ``intra_chunk`` gives without scores, for calls that ``hopper.serves`` takes; ``P`` is None."""
     T, H = k.shape[1:3]
     HV = g.shape[2]
 
