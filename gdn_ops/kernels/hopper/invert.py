@@ -96,6 +96,17 @@ def _invert_16(minus_a):
 
 
 @gluon.jit
+def _the_one(x):
+    """Of each row, what is not zero. Sums of integers leave out what is known to be zero."""
+    return gl.sum(x.to(gl.int32, bitcast=True), 1).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _halves(x):
     """The left and the right columns."""
     ROWS: gl.constexpr = x.shape[0]
@@ -312,12 +323,14 @@ def hopper_invert_kernel(
     high_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     low_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     beta_s = gl.allocate_shared_memory(gl.float32, [C], plain)
+    rate_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     gate_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     ends_s = gl.allocate_shared_memory(gl.float32, [4, C], plain_2)
     until_s = gl.allocate_shared_memory(gl.float32, [4, C], plain_2)
     high_s.store(high_c)
     low_s.store(low_c)
     beta_s.store(beta_c)
+    rate_s.store(beta_c * SCALE)
     gate_s.store(exp2(g_c.to(gl.float32)))
     # Decay from a token to the end of the block before a warp's, or about there: where is the same for the decay from
     # there on, and so neither is above one by more than that.
@@ -363,12 +376,11 @@ def hopper_invert_kernel(
     own_a = gl.where((i & 15) > j, own_kk * own_D, 0.0)
 
     # How much of its key each token has in common with the one before it, after the decay in between.
-    common = gl.where((i & 15) == j + 1, own_kk, 0.0)
     before = gl.where(warp == 1, kk0, gl.where(warp == 2, kk1, kk2))
-    common = gl.where(((i & 15) == 0) & (j == 15) & (warp > 0), before, common)
-    common = gl.sum(common, 1)
-    own = gl.sum(gl.where((i & 15) == j, own_kk, 0.0), 1)
-    alike = gl.where(own > 0, common / gl.where(own > 0, own, 1.0), 0.0)
+    before = gl.where(((i & 15) == 0) & (j == 15) & (warp > 0), before, 0.0)
+    common = _the_one(gl.where((i & 15) == j + 1, own_kk, before))
+    own = _the_one(gl.where((i & 15) == j, own_kk, 0.0))
+    alike = gl.where(own > 0, common * _reciprocal(own), 0.0)
     alike = gl.minimum(gl.maximum(alike, -1.0), 1.0) * gate_s.load(along_i)
     alike_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     alike_s.store(alike)
@@ -407,12 +419,14 @@ def hopper_invert_kernel(
     left = _product(z1, y_s, 1, _product(z0, x_s, 0, zero))
     right = _product(z1, x_s, 1, zero)
 
-    x0 = gl.where(warp == 0, x, gl.where(warp == 1, y, left))
-    x1 = gl.where(warp == 0, 0.0, gl.where(warp == 1, x, right))
-    x2 = gl.where(warp < 2, 0.0, gl.where(warp == 2, x, y))
-    x3 = gl.where(warp < 3, 0.0, x)
+    near = gl.where(odd == 1, y, x)
+    own = gl.where(odd == 1, x, 0.0)
+    x0 = gl.where(upper, near, left)
+    x1 = gl.where(upper, own, right)
+    x2 = gl.where(upper, 0.0, near)
+    x3 = gl.where(upper, 0.0, own)
     x = _square(x0, x1, x2, x3)
-    t = x * (beta_s.load(gl.SliceLayout(0, x.type.layout)) * SCALE)[None, :]
+    t = x * rate_s.load(gl.SliceLayout(0, x.type.layout))[None, :]
     scaled += here * C
     dtype: gl.constexpr = k.dtype
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -447,6 +461,7 @@ def hopper_invert_kernel(
         high_s._keep_alive()
         low_s._keep_alive()
         beta_s._keep_alive()
+        rate_s._keep_alive()
         alike_s._keep_alive()
 
 
