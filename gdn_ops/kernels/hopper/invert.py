@@ -350,20 +350,22 @@ def hopper_invert_kernel(
         gl.store(erasing + here + rows, -beta_c * grown)
 
     mbarrier.wait(ready, 0)
-    k_ck = k_s.reshape([C, BK])
-    none = gl.zeros([C, C], gl.float32, kk_layout)
-    kk = warpgroup_mma(k_ck, k_ck.permute((1, 0)), none, use_acc=False, is_async=True)
-    left = (high_s.slice(C - 1, 1).load(every_warp) - high_c) + (low_s.slice(C - 1, 1).load(every_warp) - low_c)
-    gl.store(to_end + here + rows, exp2(left) * (1 / SCALE))
     high = high_s.reshape([4, 16])
     low = low_s.reshape([4, 16])
     high_i = high.load(own_i)
     low_i = low.load(own_i)
-    minus_beta_i = -beta_s.reshape([4, 16]).load(own_i)
-    since_i = (high_i - ends_s.slice(0, 1, 1).load(own_i)) + low_i
-    since_i = gl.convert_layout((minus_beta_i * exp2(since_i)).reshape([C]), along_i, assert_trivial=True)
     high_j = high.load(own_j)
     low_j = low.load(own_j)
+    end_i = ends_s.slice(0, 1, 1).load(own_i)
+    minus_beta_i = -beta_s.reshape([4, 16]).load(own_i)
+    left = (high_s.slice(C - 1, 1).load(every_warp) - high_c) + (low_s.slice(C - 1, 1).load(every_warp) - low_c)
+    # After these loads: a barrier between a product and the wait for it hides from Triton that it still reads.
+    k_ck = k_s.reshape([C, BK])
+    none = gl.zeros([C, C], gl.float32, kk_layout)
+    kk = warpgroup_mma(k_ck, k_ck.permute((1, 0)), none, use_acc=False, is_async=True)
+    gl.store(to_end + here + rows, exp2(left) * (1 / SCALE))
+    since_i = minus_beta_i * exp2((high_i - end_i) + low_i)
+    since_i = gl.convert_layout(since_i.reshape([C]), along_i, assert_trivial=True)
     own_D = exp2((high_i[:, :, None] - high_j[:, None, :]) + (low_i[:, :, None] - low_j[:, None, :]))
     own_D = gl.convert_layout((own_D * minus_beta_i[:, :, None]).reshape([C, 16]), of, assert_trivial=True)
     kk = warpgroup_mma_wait(0, deps=(kk,))
@@ -398,6 +400,13 @@ def hopper_invert_kernel(
     x_high, x_low = _terms(x)
     x_s = _tile(C)
     _keep(x_s, x_high, x_low)
+    until_s._keep_alive()
+    ends_s._keep_alive()
+    gate_s._keep_alive()
+    high_s._keep_alive()
+    low_s._keep_alive()
+    beta_s._keep_alive()
+    ready._keep_alive()
 
     # Blocks (1, 0) and (3, 2), of the odd warps.
     zero = gl.zeros([C, 16], gl.float32, of)
@@ -408,6 +417,8 @@ def hopper_invert_kernel(
     y_s = _tile(C)
     y_high, y_low = _terms(y)
     _keep(y_s, y_high, y_low)
+    a2_s[0]._keep_alive()
+    a2_s[1]._keep_alive()
 
     # The rows below of the left half, of the lower two warps: two blocks of columns, each from two of rows.
     odd = warp & 1
@@ -431,7 +442,7 @@ def hopper_invert_kernel(
     dtype: gl.constexpr = k.dtype
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     if gl.max((gl.abs(alike_s.load(every_warp)) > ALIKE).to(gl.int32), 0) == 0:
-        t_s = k_s._reinterpret(dtype, [C, C], square)
+        t_s = gl.allocate_shared_memory(dtype, [C, C], square)
         t_s.store(t.to(dtype))
         if inverse is not None:
             inverse += here * C
@@ -439,30 +450,18 @@ def hopper_invert_kernel(
             i_s.permute((1, 0)).store(x.to(dtype))
             _store(inverse, i_s)
         _store(scaled, t_s)
+        # What is kept to here shares no memory with what is stored after it, which would wait for other warps.
+        for tile in gl.static_range(2):
+            x_s[tile]._keep_alive()
+            y_s[tile]._keep_alive()
     else:
-        rows_s = k_s._reinterpret(gl.float32, [C, C], plain_2)
+        rows_s = gl.allocate_shared_memory(gl.float32, [C, C], plain_2)
         rows_s.store(t)
         _round_rows(scaled, rows_s, alike_s, False)
         if inverse is not None:
             inverse += here * C
             rows_s.permute((1, 0)).store(x)
             _round_rows(inverse, rows_s, alike_s, True)
-    if True:  # each has its place to the end, or there would be barriers between uses of one
-        a2_s[0]._keep_alive()
-        a2_s[1]._keep_alive()
-        x_s[0]._keep_alive()
-        x_s[1]._keep_alive()
-        y_s[0]._keep_alive()
-        y_s[1]._keep_alive()
-        ready._keep_alive()
-        ends_s._keep_alive()
-        until_s._keep_alive()
-        gate_s._keep_alive()
-        high_s._keep_alive()
-        low_s._keep_alive()
-        beta_s._keep_alive()
-        rate_s._keep_alive()
-        alike_s._keep_alive()
 
 
 def invert(k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False) -> IntraChunk:
