@@ -122,7 +122,7 @@ def test_the_gradients_compile_and_fit(tmp_path, element):
 
 @pytest.mark.parametrize("element", ["bf16", "fp16"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_the_inverse_compiles_and_five_fit(tmp_path, element, backward):
+def test_the_inverse_compiles_and_eight_fit(tmp_path, element, backward):
     vectors = dict.fromkeys(("g", "beta", "c_sum", "from_start", "to_end", "rate", "erasing"), "*fp32")
     types = {
         "k": tiles_of(element)["k"],
@@ -138,8 +138,8 @@ def test_the_inverse_compiles_and_five_fit(tmp_path, element, backward):
     shared, spilled, said = built(
         tmp_path, invert_module.hopper_invert_kernel, types, constants, invert_module.REGISTERS
     )
-    check_built((shared, spilled, said), 0)
-    assert 5 * (shared + 1024) <= CHIPS["sm_90"].shared_memory + 1024
+    check_built((shared, spilled, said))
+    assert 8 * (shared + 1024) <= CHIPS["sm_90"].shared_memory + 1024
 
 
 def test_the_steps_of_substitution_invert():

@@ -1,5 +1,5 @@
-"""Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: the scans and the gradients on
-Hopper.
+"""Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: the inverse, the scans and the
+gradients on Hopper.
 
 They are written in Gluon (``triton.experimental.gluon``, part of Triton), which Inductor does not take: compiled graphs
 and packages hold the portable kernels, their twins.
@@ -54,6 +54,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable) -> 
         and v.shape[3] > 64
         and scale > 0
         and table.chunks * v.shape[2] * CHUNK < 2**31
+        and table.sequences < 2**16
         and all(map(_is_copied, (q, k, v)))
     )
 

@@ -33,7 +33,7 @@ from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.intra_chunk import ALIKE, LOG2_E, STRETCH, WEAKEST, IntraChunk, strides_of
 
 # As many as let five programs share a multiprocessor.
-REGISTERS = 96
+REGISTERS = 64
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
@@ -295,12 +295,10 @@ def hopper_invert_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     plain_2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
-    program = gl.program_id(0)
-    hv = program % HV
-    chunk = program // HV
-    NT = (T + C - 1) // C
-    b = chunk // NT
-    begin = chunk % NT * C
+    hv = gl.program_id(0) % HV
+    b = gl.program_id(1)
+    begin = gl.program_id(0) // HV * C
+    program = b * gl.num_programs(0) + gl.program_id(0)
     k_s = gl.allocate_shared_memory(k.dtype, k.block_type.shape, k.layout)
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
@@ -437,17 +435,19 @@ def hopper_invert_kernel(
     x2 = gl.where(upper, 0.0, near)
     x3 = gl.where(upper, 0.0, own)
     x = _square(x0, x1, x2, x3)
-    t = x * rate_s.load(gl.SliceLayout(0, x.type.layout))[None, :]
+    of_rate: gl.constexpr = gl.SliceLayout(0, x.type.layout)
     scaled += here * C
+    if inverse is not None:
+        inverse += here * C
     dtype: gl.constexpr = k.dtype
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     if gl.max((gl.abs(alike_s.load(every_warp)) > ALIKE).to(gl.int32), 0) == 0:
-        t_s = gl.allocate_shared_memory(dtype, [C, C], square)
-        t_s.store(t.to(dtype))
         if inverse is not None:
-            inverse += here * C
             i_s = gl.allocate_shared_memory(dtype, [C, C], square)
             i_s.permute((1, 0)).store(x.to(dtype))
+        t_s = gl.allocate_shared_memory(dtype, [C, C], square)
+        t_s.store((x * rate_s.load(of_rate)[None, :]).to(dtype))
+        if inverse is not None:
             _store(inverse, i_s)
         _store(scaled, t_s)
         # What is kept to here shares no memory with what is stored after it, which would wait for other warps.
@@ -456,12 +456,11 @@ def hopper_invert_kernel(
             y_s[tile]._keep_alive()
     else:
         rows_s = gl.allocate_shared_memory(gl.float32, [C, C], plain_2)
-        rows_s.store(t)
-        _round_rows(scaled, rows_s, alike_s, False)
         if inverse is not None:
-            inverse += here * C
             rows_s.permute((1, 0)).store(x)
             _round_rows(inverse, rows_s, alike_s, True)
+        rows_s.store(x * rate_s.load(of_rate)[None, :])
+        _round_rows(scaled, rows_s, alike_s, False)
 
 
 def invert(k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False) -> IntraChunk:
@@ -480,7 +479,7 @@ def invert(k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool
 
     rate, erasing, inverse = (vector(), vector(), square()) if backward else (None,) * 3
     x = IntraChunk(buffer(2 * CHUNK), vector(), vector(), square(), None, rate, erasing, inverse, None)
-    hopper_invert_kernel[(table.chunks * HV,)](
+    hopper_invert_kernel[(table.chunks // table.sequences * HV, table.sequences)](
         heads(k, BK), g, beta, x.c_sum, x.from_start, x.to_end, rate, erasing, x.T, inverse, T, **strides_of("g", g),
         **strides_of("beta", beta), H=H, HV=HV, SCALE=1.0 if backward else STRETCH, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
