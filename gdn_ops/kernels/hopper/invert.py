@@ -32,7 +32,7 @@ from gdn_ops.kernels.hopper.tiles import BK, exp2, heads
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.intra_chunk import ALIKE, LOG2_E, STRETCH, WEAKEST, IntraChunk, strides_of
 
-# As many as let five programs share a multiprocessor.
+# As many as let eight programs share a multiprocessor.
 REGISTERS = 64
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
@@ -357,7 +357,7 @@ def hopper_invert_kernel(
     end_i = ends_s.slice(0, 1, 1).load(own_i)
     minus_beta_i = -beta_s.reshape([4, 16]).load(own_i)
     left = (high_s.slice(C - 1, 1).load(every_warp) - high_c) + (low_s.slice(C - 1, 1).load(every_warp) - low_c)
-    # After these loads: a barrier between a product and the wait for it hides from Triton that it still reads.
+    # Not before these loads: of a barrier while a product runs Triton believes that it ends what the product reads.
     k_ck = k_s.reshape([C, BK])
     none = gl.zeros([C, C], gl.float32, kk_layout)
     kk = warpgroup_mma(k_ck, k_ck.permute((1, 0)), none, use_acc=False, is_async=True)
@@ -398,6 +398,7 @@ def hopper_invert_kernel(
     x_high, x_low = _terms(x)
     x_s = _tile(C)
     _keep(x_s, x_high, x_low)
+    # What is kept to here shares no memory with what is stored before: that would take another barrier.
     until_s._keep_alive()
     ends_s._keep_alive()
     gate_s._keep_alive()
@@ -450,7 +451,6 @@ def hopper_invert_kernel(
         if inverse is not None:
             _store(inverse, i_s)
         _store(scaled, t_s)
-        # What is kept to here shares no memory with what is stored after it, which would wait for other warps.
         for tile in gl.static_range(2):
             x_s[tile]._keep_alive()
             y_s[tile]._keep_alive()

@@ -18,7 +18,7 @@ much as q, k, v and o together, and a scan that reads it: docs/kernels.md has bo
 
 Heads narrower than a tensor core's tile (16) are computed in fp32, and 16-bit features are padded to multiples of 16,
 which keeps every row on a 16-byte boundary. A few tokens are the recurrent kernel's, unless their bits must be those
-that they have in company (``batch_invariance.py``). On Hopper the scan may be ``kernels/hopper/scan.py``.
+that they have in company (``batch_invariance.py``). On Hopper both may be those of ``kernels/hopper``.
 
 Same inputs, same bits: no atomics, and a program's order of work depends on its own sequence only.
 """
