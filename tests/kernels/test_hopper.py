@@ -19,11 +19,13 @@ import gdn_ops
 from gdn_ops.kernels import hopper
 from gdn_ops.kernels.batch_invariance import batch_invariant
 from gdn_ops.kernels.hopper import gradients as gradients_module
+from gdn_ops.kernels.hopper import invert as invert_module
 from gdn_ops.kernels.hopper import scan as scan_module
 from gdn_ops.kernels.hopper.both_ways import hopper_both_ways_kernel
 from gdn_ops.kernels.triton.chip import CHIPS
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
 from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
+from gdn_ops.kernels.triton.intra_chunk import STRETCH, intra_chunk
 from tests.kernels.roles import roles_kernel
 from tests.kernels.triton_rule import arguments_of, check_chunk, chunk, forward, scale_of
 from tests.oracle import assert_all_close, assert_close, cotangents, expected, make_inputs
@@ -116,6 +118,48 @@ def test_the_gradients_compile_and_fit(tmp_path, element):
     module = gradients_module
     constants = {"H": 2, "HV": 4, "TO_COMPUTE": module.REGISTERS_TO_COMPUTE, "TO_HELP": module.REGISTERS_TO_HELP}
     check_built(built(tmp_path, module.hopper_gradient_kernel, types, constants, module.REGISTERS), 1024)
+
+
+@pytest.mark.parametrize("element", ["bf16", "fp16"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_inverse_compiles_and_eight_fit(tmp_path, element, backward):
+    vectors = dict.fromkeys(("g", "beta", "c_sum", "from_start", "to_end", "rate", "erasing"), "*fp32")
+    types = {
+        "k": tiles_of(element)["k"],
+        **vectors,
+        **dict.fromkeys(("scaled", "inverse"), f"*{element}"),
+        **dict.fromkeys(("T", "stride_g_b", "stride_g_h", "stride_beta_b", "stride_beta_h"), "i32"),
+    }
+    constants = {"H": 2, "HV": 4, "SCALE": 1.0 if backward else STRETCH, "stride_g_t": 4, "stride_beta_t": 8}
+    types, constants = with_states(types, constants, ("rate", "erasing"), backward)
+    if not backward:
+        constants["inverse"] = types.pop("inverse") and None
+        types = {name: of for name, of in types.items() if name not in constants}
+    shared, spilled, said = built(
+        tmp_path, invert_module.hopper_invert_kernel, types, constants, invert_module.REGISTERS
+    )
+    check_built((shared, spilled, said))
+    assert 8 * (shared + 1024) <= CHIPS["sm_90"].shared_memory + 1024
+
+
+def test_the_steps_of_substitution_invert():
+    """Lanes and registers, as a warp has them."""
+    lane = torch.arange(32)
+    A = torch.randn(16, 16, dtype=torch.float64).tril(-1)
+    at = [(lane // 4 + r // 2 % 2 * 8, lane % 4 * 2 + r % 2 + r // 4 * 8) for r in range(8)]
+    minus_a, y = ([x[i, j] for i, j in at] for x in (-A, torch.eye(16, dtype=A.dtype)))
+    a_ij, y_j = {}, {}
+    for kind, *which in invert_module.substitution_steps():
+        if kind == "a":
+            a_ij[which[0]] = minus_a[which[0]][lane // 4 * 4 + which[1]]
+        elif kind == "y":
+            y_j[which[0]] = y[which[0]][which[1] * 4 + lane % 4]
+        else:
+            y[which[0]] = y[which[0]] + a_ij[which[1]] * y_j[which[2]]
+    inverse = torch.zeros_like(A)
+    for (i, j), value in zip(at, y):
+        inverse[i, j] = value
+    assert_close(inverse, torch.linalg.inv(torch.eye(16, dtype=A.dtype) + A), 1e-12, "inverse")
 
 
 def test_roles_alone_compile(tmp_path):
@@ -309,3 +353,62 @@ def test_gradients(monkeypatch, dtype, B, T, H, HV, K, state):
     again = chunk(x, *cotangents(x))
     assert len(made) == 2
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def inverses(x: dict, backward: bool) -> tuple[dict, dict]:
+    """What the kernel here and the portable one leave, by name."""
+    table = chunk_table(*x["k"].shape[:2], None, None)
+    there = intra_chunk(x["k"], x["k"], x["g"], x["beta"], table, 1.0, backward, scores=False)
+    here = invert_module.invert(x["k"], x["g"], x["beta"], table, backward)
+    for made in (here, there):  # two terms
+        made.c_sum[..., :CHUNK] += made.c_sum[..., CHUNK:]
+    taken = [n for n in here._fields if n != "P" and getattr(here, n) is not None]
+    sums = slice(None, CHUNK)
+    return tuple(
+        {n: getattr(made, n)[..., sums] if n == "c_sum" else getattr(made, n) for n in taken} for made in (here, there)
+    )
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize(
+    "B, T, H, HV, K",
+    [
+        (1, 1, 1, 2, 128),
+        (2, 9, 1, 2, 128),
+        (2, 63, 2, 2, 96),
+        (1, 64, 1, 4, 128),
+        (3, 65, 2, 4, 80),
+        (2, 130, 1, 3, 128),
+        (1, 1000, 2, 4, 128),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("case", ["random", "strided", "16-bit gates", "one key", "one key 1.9", "strong", "infinite"])
+def test_inverses(dtype, B, T, H, HV, K, backward, case):
+    x = make_inputs(B, T, H, HV, K, 128, dtype, "cuda")
+    bits = 8 if dtype == torch.bfloat16 else 11
+    if case == "strided":
+        x["g"], x["beta"] = torch.cat([x["g"], x["beta"], x["beta"]], dim=-1).split(HV, dim=-1)[:2]
+    elif case == "16-bit gates":
+        x["g"], x["beta"] = x["g"].bfloat16(), x["beta"].bfloat16()
+    elif case in ("one key", "one key 1.9"):
+        x["k"] = x["k"][:, :1].expand_as(x["k"]).contiguous()
+        x["g"], x["beta"] = x["g"] * 1e-3, torch.full_like(x["beta"], 1.9 if case == "one key 1.9" else 0.999)
+    elif case in ("strong", "infinite"):
+        x["g"][:, 5::7] = -1e4 if case == "strong" else float("-inf")
+    here, there = inverses(x, backward)
+    for name, got in here.items():
+        want = there[name]
+        assert got.dtype == want.dtype and got.isfinite().all(), name
+        if name not in ("T", "inverse"):
+            assert_close(got, want, 2e-6, name)
+        elif case not in ("one key", "one key 1.9"):
+            assert_close(got, want, 0.3 * 2**-bits, name)
+        else:  # what is lost in a row differs where one of many roundings does, but no more than one is missing
+            assert_close(got, want, 2 * 2**-bits, name)
+            lost = (got.double() - want.double()).cumsum(-2)
+            assert lost.abs().max() <= 8 * 2**-bits * want.abs().max(), name
+    again = invert_module.invert(x["k"], x["g"], x["beta"], chunk_table(B, T, None, None), backward)
+    assert all(torch.equal(getattr(again, n), here[n]) for n in ("T", "from_start", "to_end"))

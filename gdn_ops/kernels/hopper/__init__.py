@@ -1,5 +1,5 @@
-"""Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: the scans and the gradients on
-Hopper.
+"""Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: the inverse, the scans and the
+gradients on Hopper.
 
 They are written in Gluon (``triton.experimental.gluon``, part of Triton), which Inductor does not take. For their sake
 a large call stays one node in the graphs of ``torch.compile`` (:func:`serves_whole`); small ones, and packages, are
@@ -59,6 +59,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable) -> 
         and v.shape[3] > 64
         and scale > 0
         and table.chunks * v.shape[2] * CHUNK < 2**31
+        and table.sequences < 2**16
         and all(map(_is_copied, (q, k, v)))
     )
 

@@ -601,15 +601,18 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
         return *(torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v, g, beta)), dS
     table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2))
     on_hopper = hopper.serves_gradients(q, k, v, do, scale, table)
-    x = intra_chunk(q, k, g, beta, table, scale, backward=True, scores=not on_hopper)
     leave = None if initial_state is None else dS
     before, after = initial_state, dfinal_state
     map_back, run = reverse_maps, scan_both_ways
     if on_hopper:  # loaded where they serve: another version of Triton may not have what they need
         from gdn_ops.kernels.hopper import both_ways
         from gdn_ops.kernels.hopper.gradients import gradients
+        from gdn_ops.kernels.hopper.invert import invert
 
+        x = invert(k, g, beta, table, backward=True)
         map_back, run = (partial(way, q=q, scale=scale) for way in (both_ways.reverse_maps, both_ways.scan_both_ways))
+    else:
+        x = intra_chunk(q, k, g, beta, table, scale, backward=True)
     if table.segment is not None:
         segments = maps(x, k, v, table, initial_state)
         before = combine(segments, initial_state, None, q, T, table, reverse=False)

@@ -18,7 +18,7 @@ much as q, k, v and o together, and a scan that reads it: docs/kernels.md has bo
 
 Heads narrower than a tensor core's tile (16) are computed in fp32, and 16-bit features are padded to multiples of 16,
 which keeps every row on a 16-byte boundary. A few tokens are the recurrent kernel's, unless their bits must be those
-that they have in company (``batch_invariance.py``). On Hopper the scan may be ``kernels/hopper/scan.py``.
+that they have in company (``batch_invariance.py``). On Hopper both may be those of ``kernels/hopper``.
 
 Same inputs, same bits: no atomics, and a program's order of work depends on its own sequence only.
 """
@@ -341,14 +341,17 @@ def chunk_forward(
     else:
         table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens))
         on_hopper = hopper.serves(q, k, v, scale, table)
-        x = intra_chunk(q, k, g, beta, table, scale, scores=not on_hopper)
+        if on_hopper:  # loaded where they serve: another version of Triton may not have what they need
+            from gdn_ops.kernels.hopper.invert import invert
+            from gdn_ops.kernels.hopper.scan import scan as run
+
+            x = invert(k, g, beta, table)
+        else:
+            run, x = scan, intra_chunk(q, k, g, beta, table, scale)
         final = final_state if output_final_state else None
         if table.segment is not None:
             forth = maps(x, k, v, table, initial_state)
             initial_state = combine(forth, initial_state, final, q, T, table, reverse=False)
-        run = scan
-        if on_hopper:  # loaded where it serves: another version of Triton may not have what it needs
-            from gdn_ops.kernels.hopper.scan import scan as run
         run(x, q, k, v, scale, table, o=o, initial_state=initial_state, final_state=final)
     return o[..., :V].contiguous(), final_state[:, :, :K, :V].contiguous()
 

@@ -11,7 +11,8 @@ so on), with products of fp32 accuracy: repeated keys make ``A`` anything but sm
 diag(beta)`` and, for the backward, the transposed inverse, both rounded so that with keys that repeat the errors do not
 add up (``_round_rows``); ``c`` (fp64: a strong gate must not cost the digits of the weak ones after it),
 ``from_start = exp(c)``, ``to_end = exp(c_C - c)`` and, for the backward, ``beta`` and ``erasing = -beta exp(c)``. For a
-forward of 16 bits ``T`` is larger, ``P`` and ``to_end`` smaller by ``STRETCH``.
+forward of 16 bits ``T`` is larger, ``P`` and ``to_end`` smaller by ``STRETCH``. On Hopper it may be
+``kernels/hopper/invert.py``.
 
 **score_kernel**, one program a (chunk, key head, part of its value heads): the product of queries and keys once, ``P``
 for every value head of the part; for the delta rule's backward ``scale * exp(c) * Q`` too. Without the delta it is all
