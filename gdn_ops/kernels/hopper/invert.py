@@ -295,10 +295,11 @@ def hopper_invert_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     plain_2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
-    hv = gl.program_id(0) % HV
-    b = gl.program_id(1)
-    begin = gl.program_id(0) // HV * C
-    program = b * gl.num_programs(0) + gl.program_id(0)
+    program = gl.program_id(0)
+    NT = (T + C - 1) // C
+    hv = program % HV
+    b = program // HV // NT
+    begin = program // HV % NT * C
     k_s = gl.allocate_shared_memory(k.dtype, k.block_type.shape, k.layout)
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
@@ -479,7 +480,7 @@ def invert(k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool
 
     rate, erasing, inverse = (vector(), vector(), square()) if backward else (None,) * 3
     x = IntraChunk(buffer(2 * CHUNK), vector(), vector(), square(), None, rate, erasing, inverse, None)
-    hopper_invert_kernel[(table.chunks // table.sequences * HV, table.sequences)](
+    hopper_invert_kernel[(table.chunks * HV,)](
         heads(k, BK), g, beta, x.c_sum, x.from_start, x.to_end, rate, erasing, x.T, inverse, T, **strides_of("g", g),
         **strides_of("beta", beta), H=H, HV=HV, SCALE=1.0 if backward else STRETCH, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
