@@ -35,8 +35,6 @@ from gdn_ops.kernels.triton.intra_chunk import ALIKE, LOG2_E, STRETCH, WEAKEST, 
 # As many as let eight programs share a multiprocessor.
 REGISTERS = 64
 
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
-
 
 def substitution_steps() -> list[tuple]:
     """Forward substitution in a block of 16 x 16 that a warp holds as products leave it.
@@ -306,29 +304,31 @@ def hopper_invert_kernel(
     fence_async_shared()
     mbarrier.expect(ready, k.block_type.nbytes)
     tma.async_copy_global_to_shared(k, [b, hv // (HV // H), begin, 0], ready, k_s)
-    barrier()  # or ptxas starts the copy after the sums of the gates
 
-    rows = gl.arange(0, C, every_warp)
-    real = rows < T - begin
+    # Two warps load gates, two betas: of either each number is a cache line's, and four warps would load it four times.
     g += b.to(gl.int64) * stride_g_b + begin.to(gl.int64) * stride_g_t + hv.to(gl.int64) * stride_g_h
     beta += b.to(gl.int64) * stride_beta_b + begin.to(gl.int64) * stride_beta_t + hv.to(gl.int64) * stride_beta_h
-    g_c = gl.load(g + rows * stride_g_t, mask=real, other=0.0)
-    beta_c = gl.load(beta + rows * stride_beta_t, mask=real, other=0.0).to(gl.float32)
-    g_c = g_c.to(gl.float64)
+    both = gl.arange(0, 2 * C, gl.BlockedLayout([1], [32], [4], [0]))
+    row = both % C
+    loaded_g = gl.load(g + row * stride_g_t, mask=(both < C) & (row < T - begin), other=0.0)
+    loaded_beta = gl.load(beta + row * stride_beta_t, mask=(both >= C) & (row < T - begin), other=0.0)
+    loaded_s = gl.allocate_shared_memory(gl.float32, [2 * C], plain)
+    loaded_s.store(gl.where(both < C, loaded_g.to(gl.float32), loaded_beta.to(gl.float32)))
+    rows = gl.arange(0, C, every_warp)
+    g_c = loaded_s.slice(0, C).load(every_warp).to(gl.float64)
+    beta_c = loaded_s.slice(C, C).load(every_warp)
     g_c = gl.where(g_c < WEAKEST, WEAKEST, g_c) * LOG2_E
     c = gl.associative_scan(g_c, 0, _add)
     high_c = c.to(gl.float32)
     low_c = (c - high_c.to(gl.float64)).to(gl.float32)
     high_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     low_s = gl.allocate_shared_memory(gl.float32, [C], plain)
-    beta_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     rate_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     gate_s = gl.allocate_shared_memory(gl.float32, [C], plain)
     ends_s = gl.allocate_shared_memory(gl.float32, [4, C], plain_2)
     until_s = gl.allocate_shared_memory(gl.float32, [4, C], plain_2)
     high_s.store(high_c)
     low_s.store(low_c)
-    beta_s.store(beta_c)
     rate_s.store(beta_c * SCALE)
     gate_s.store(exp2(g_c.to(gl.float32)))
     # Decay from a token to the end of the block before a warp's, or about there: where is the same for the decay from
@@ -356,7 +356,7 @@ def hopper_invert_kernel(
     high_j = high.load(own_j)
     low_j = low.load(own_j)
     end_i = ends_s.slice(0, 1, 1).load(own_i)
-    minus_beta_i = -beta_s.reshape([4, 16]).load(own_i)
+    minus_beta_i = -loaded_s.reshape([8, 16]).slice(4, 4).load(own_i)
     left = (high_s.slice(C - 1, 1).load(every_warp) - high_c) + (low_s.slice(C - 1, 1).load(every_warp) - low_c)
     # Not before these loads: of a barrier while a product runs Triton believes that it ends what the product reads.
     k_ck = k_s.reshape([C, BK])
@@ -405,7 +405,7 @@ def hopper_invert_kernel(
     gate_s._keep_alive()
     high_s._keep_alive()
     low_s._keep_alive()
-    beta_s._keep_alive()
+    loaded_s._keep_alive()
     ready._keep_alive()
 
     # Blocks (1, 0) and (3, 2), of the odd warps.
