@@ -59,7 +59,6 @@ def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable) -> 
         and v.shape[3] > 64
         and scale > 0
         and table.chunks * v.shape[2] * CHUNK < 2**31
-        and table.sequences < 2**16
         and all(map(_is_copied, (q, k, v)))
     )
 

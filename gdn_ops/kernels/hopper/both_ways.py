@@ -504,7 +504,7 @@ def scan_both_ways(
     before: Tensor | None, after: Tensor | None, leave: Tensor | None,
     states: Tensor, written: Tensor, dstates: Tensor, X: Tensor,
 ) -> None:  # fmt: skip
-    """``before`` and ``after`` are those of each segment, ``X [B, T, HV, V]``; ``x`` is without scores."""
+    """``before`` and ``after`` are those of each segment, ``X [B, T, HV, V]``; ``x`` is ``invert``'s."""
     _launch(
         x, do, q, k, table, scale, 2 * table.segments, v=heads(v, BV), transition=rows_of(x.T, CHUNK),
         states=matrices(states, BV, BK), written=matrices(written, BV, CHUNK), dstates=matrices(dstates, BV, BK),

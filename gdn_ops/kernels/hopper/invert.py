@@ -465,7 +465,7 @@ def hopper_invert_kernel(
 
 
 def invert(k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False) -> IntraChunk:
-    """What ``intra_chunk`` gives without scores, for calls that ``hopper.serves`` takes; ``P`` is None."""
+    """What the kernels for Hopper take in place of ``intra_chunk``'s, for calls that ``hopper.serves`` takes."""
     T, H = k.shape[1:3]
     HV = g.shape[2]
 

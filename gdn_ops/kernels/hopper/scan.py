@@ -277,7 +277,7 @@ def scan(
     x: IntraChunk, q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, *,
     o: Tensor, initial_state: Tensor | None, final_state: Tensor | None,
 ) -> None:  # fmt: skip
-    """What ``chunk_forward.scan`` does, for calls that ``hopper.serves`` takes; ``x`` is without scores."""
+    """What ``chunk_forward.scan`` does, for calls that ``hopper.serves`` takes; ``x`` is ``invert``'s."""
     T, H, K = q.shape[1:]
     HV, V = v.shape[2:]
     segment = table.segment or triton.cdiv(T, CHUNK)

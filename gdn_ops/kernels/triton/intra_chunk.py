@@ -212,15 +212,10 @@ def _store_likeness(likeness, kk, kk_before, g, first: tl.constexpr):
 
 @triton.jit
 def _store_gates(
-    c_sum, from_start, to_end, rate, erasing, c, total, beta, rows, C: tl.constexpr, SCALE: tl.constexpr
+    c_sum, from_start, to_end, rate, erasing, c, total, beta, rows, SCALE: tl.constexpr
 ):  # fmt: skip
     grown = _exp(c)
-    if c_sum.dtype.element_ty == tl.float64:
-        tl.store(c_sum + rows, c)
-    else:
-        high = (c * LOG2_E).to(tl.float32)
-        tl.store(c_sum + rows, high)
-        tl.store(c_sum + C + rows, (c * LOG2_E - high.to(tl.float64)).to(tl.float32))
+    tl.store(c_sum + rows, c)
     tl.store(from_start + rows, grown)
     if erasing is not None:
         tl.store(rate + rows, beta)
@@ -265,8 +260,7 @@ def invert_kernel(
     LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``c_sum`` in fp64, or two terms of it in units of log2 ``[2, C]`` in fp32. ``scaled`` is ``SCALE * T``,
-    ``to_end`` divided by ``SCALE``, ``inverse`` the transposed inverse, or None.
+    """``scaled`` is ``SCALE * T``, ``to_end`` divided by ``SCALE``, ``inverse`` the transposed inverse, or None.
     ``rest`` and ``likeness [C]`` are scratch, None where fp32 holds all digits."""
     program = tl.program_id(0)
     hv = (program % HV).to(tl.int64)
@@ -277,7 +271,7 @@ def invert_kernel(
     g += b * stride_g_b + begin * stride_g_t + hv * stride_g_h
     beta += b * stride_beta_b + begin * stride_beta_t + hv * stride_beta_h
     here = program.to(tl.int64) * C
-    c_sum += here * (1 if c_sum.dtype.element_ty == tl.float64 else 2)
+    c_sum += here
     from_start += here
     to_end += here
     if erasing is not None:
@@ -315,10 +309,10 @@ def invert_kernel(
     beta1 = tl.load(beta + r1 * stride_beta_t, mask=r1 < length, other=0.0).to(tl.float32)
     beta2 = tl.load(beta + r2 * stride_beta_t, mask=r2 < length, other=0.0).to(tl.float32)
     beta3 = tl.load(beta + r3 * stride_beta_t, mask=r3 < length, other=0.0).to(tl.float32)
-    _store_gates(c_sum, from_start, to_end, rate, erasing, c0, total, beta0, r0, C, SCALE)
-    _store_gates(c_sum, from_start, to_end, rate, erasing, c1, total, beta1, r1, C, SCALE)
-    _store_gates(c_sum, from_start, to_end, rate, erasing, c2, total, beta2, r2, C, SCALE)
-    _store_gates(c_sum, from_start, to_end, rate, erasing, c3, total, beta3, r3, C, SCALE)
+    _store_gates(c_sum, from_start, to_end, rate, erasing, c0, total, beta0, r0, SCALE)
+    _store_gates(c_sum, from_start, to_end, rate, erasing, c1, total, beta1, r1, SCALE)
+    _store_gates(c_sum, from_start, to_end, rate, erasing, c2, total, beta2, r2, SCALE)
+    _store_gates(c_sum, from_start, to_end, rate, erasing, c3, total, beta3, r3, SCALE)
 
     kk00 = tl.zeros([16, 16], dtype=tl.float32)
     kk10 = tl.zeros([16, 16], dtype=tl.float32)
@@ -492,14 +486,15 @@ def score_kernel(
 
 class IntraChunk(NamedTuple):
     """``[chunks, HV, C]`` in fp64 (``c_sum``) or fp32; in the dtype of q ``[chunks, HV, C, C]``. For the backward: two
-    more of each, and ``grown_q [chunks, HV, C, K]``; ``inverse`` is the transposed one. Without scores ``P`` is
-    scratch, and ``c_sum`` two terms ``[chunks, HV, 2 C]`` in fp32. What has been used may have been dropped (None)."""
+    more of each, and ``grown_q [chunks, HV, C, K]``; ``inverse`` is the transposed one. Of the kernels
+    for Hopper, ``P`` and ``grown_q`` are None, and ``c_sum`` two terms ``[chunks, HV, 2 C]`` in fp32, in units of log2.
+    What has been used may have been dropped (None)."""
 
     c_sum: Tensor
     from_start: Tensor
     to_end: Tensor
     T: Tensor | None
-    P: Tensor
+    P: Tensor | None
     beta: Tensor | None
     erasing: Tensor | None
     inverse: Tensor | None
@@ -556,10 +551,9 @@ def score(
 
 
 def intra_chunk(
-    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, scale: float, backward: bool = False,
-    scores: bool = True,
-) -> IntraChunk:  # fmt: skip
-    """Runs the two kernels, or without ``scores`` the first; ``q, k`` have ``stride(-1) == 1``."""
+    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, scale: float, backward: bool = False
+) -> IntraChunk:
+    """Runs the two kernels; ``q, k`` have ``stride(-1) == 1``."""
     _, T, H, K = q.shape
     HV = g.shape[2]
 
@@ -569,11 +563,8 @@ def intra_chunk(
     low = q.element_size() == 2
     stretch = STRETCH if low and not backward else 1.0
     fp32 = partial(buffer, dtype=torch.float32)
-    more = (fp32(), fp32(), buffer(CHUNK), buffer(K) if scores else None) if backward else (None,) * 4
-    width, dtype = (CHUNK, torch.float64) if scores else (2 * CHUNK, torch.float32)
-    sums = torch.empty((table.chunks, HV, width), dtype=dtype, device=q.device)
-    P = buffer(CHUNK) if scores or not backward else None
-    x = IntraChunk(sums, fp32(), fp32(), buffer(CHUNK), P, *more)
+    more = (fp32(), fp32(), buffer(CHUNK), buffer(K)) if backward else (None,) * 4
+    x = IntraChunk(buffer(dtype=torch.float64), fp32(), fp32(), buffer(CHUNK), buffer(CHUNK), *more)
     rest = None
     if low:
         rest = buffer(2 * CHUNK) if backward else x.P  # not P yet
@@ -584,6 +575,5 @@ def intra_chunk(
         K=K, BK=max(16, min(64, triton.next_power_of_2(K))), C=CHUNK, SCALE=stretch, LOW=low_of(q),
         PRECISION=precision_of(q), num_warps=1 if low else 4, num_stages=2,
     )  # fmt: skip
-    if scores:
-        score(q, k, x.c_sum, x.P, table, scale / stretch, grown=x.grown_q)
+    score(q, k, x.c_sum, x.P, table, scale / stretch, grown=x.grown_q)
     return x
