@@ -192,11 +192,12 @@ MODULES = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MODULES)
-def test_inductor_sees_the_triton_kernels(name):
-    """On CUDA no call to an operator is left in the generated code, forward or backward."""
+@pytest.mark.parametrize("width", [64, 128])
+def test_inductor_sees_the_triton_kernels(name, width):
+    """On CUDA no call to an operator is left in the generated code, forward or backward, if it is not large."""
     function = getattr(gdn_ops, name)
-    x = make_inputs(1, 130, 2, 4, 64, 64, torch.bfloat16, "cuda")
-    conv = make_conv_inputs(1, 130, 128, 4, torch.bfloat16, "cuda")
+    x = make_inputs(1, 130, 2, 4, width, width, torch.bfloat16, "cuda")
+    conv = make_conv_inputs(1, 130, 2 * width, 4, torch.bfloat16, "cuda")
     q, weight = x["q"].requires_grad_(), conv["weight"].requires_grad_()
 
     def run():

@@ -86,4 +86,4 @@ def serves_whole(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, widest: int) -
 
 def serves_gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float, table: ChunkTable) -> bool:
     """Whether ``hopper.gradients`` may: its tiles are of 128 values."""
-    return v.shape[3] == 128 and _is_copied(do) and serves(q, k, v, scale, table)
+    return serves(q, k, v, scale, table) and v.shape[3] == 128 and _is_copied(do)
