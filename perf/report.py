@@ -58,8 +58,8 @@ def against_published(row: Row) -> list[str]:
     ]
 
 
-def summary(rows: Sequence[Row], env: Environment, ours: str) -> str:
-    """The run as text: where, the ceilings, a line a row, notes, and ratios to figures from elsewhere."""
+def summary(rows: Sequence[Row], env: Environment, ours: str, compare: bool = True) -> str:
+    """The run as text: where, the ceilings, a line a row, notes, and (``compare``) ratios to figures from elsewhere."""
     own = {(r.shape, r.direction): r for r in rows if r.provider == ours}
     parts = [
         f"{env.device}; torch {env.torch}, triton {env.triton or 'absent'}; commit {env.commit or 'unknown'}; "
@@ -73,7 +73,7 @@ def summary(rows: Sequence[Row], env: Environment, ours: str) -> str:
     if peaks:
         parts.append("peak memory of forward and backward beyond the inputs: " + "; ".join(peaks))
     notes = [f"{r.shape} {r.direction} {r.provider}: {r.note}" for r in rows if r.note]
-    elsewhere = [line for r in rows if r.provider == ours for line in against_published(r)]
+    elsewhere = [line for r in rows if compare and r.provider == ours for line in against_published(r)]
     if notes:
         parts.append("notes\n  " + "\n  ".join(notes))
     if elsewhere:
