@@ -77,13 +77,13 @@ def _cuda_rules(triton: str, plain: Callable, whole: str | None) -> tuple[Callab
         with torch.cuda.device(args[0].device):
             return implementation(args)(*args)
 
-    def stays_whole(mode, args) -> bool:
+    def stays_whole(mode, args, kwargs) -> bool:
         if _is_exporting(mode) or args[0].device.type != "cuda" or implementation(args) is plain:
             return True
-        return whole is not None and not _is_packaging() and found(whole)(*args)
+        return whole is not None and not _is_packaging() and found(whole)(*args, **kwargs)
 
     def trace(mode, op, types, args, kwargs):
-        if stays_whole(mode, args):
+        if stays_whole(mode, args, kwargs):
             return mode.__torch_dispatch__(op, types, args, kwargs)
         from gdn_ops.kernels.triton.launch import traced
 

@@ -19,8 +19,8 @@ from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.launch import is_traced
 
-# Tokens times heads from which on a call is left whole: the GPU then takes some .1 ms forward and .3 ms backward, by which
-# time a host should have started the kernels that follow. An estimate.
+# Tokens times heads from which on a call is left whole: the GPU then takes some .1 ms forward and .3 ms backward, by
+# which time a host should have started the kernels that follow. An estimate.
 TOKENS_TO_PAY = 1 << 16
 
 
