@@ -7,8 +7,9 @@ import torch
 from gdn_ops.export import export_aoti, export_onnx, parity
 from gdn_ops.export.program import flatten_state
 
+from gdn_ops.models import HybridConfig, HybridLM
 from tests.export.onnx_exports import TARGETS
-from tests.models.models import make, tokens
+from tests.models.models import SIZES, make, tokens
 
 NODES = {
     "portable": {"gdn_ops::GatedDeltaRule": 2, "gdn_ops::GatedLinearAttention": 2, "gdn_ops::CausalConv1d": 4},
@@ -63,3 +64,28 @@ def test_one_file_holds_both_rules(target, tmp_path):
         errors = parity.compare([logits, *state], (eager, flatten_state(eager_state)), session.outputs)
         assert max(errors.values()) < 1e-5, (T, errors)
     session.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["transformer", "deltanet", "h2"])
+def test_presets_compile_train_and_export(family, tmp_path):
+    """One period of a preset's layers, narrow: a graph without breaks that learns, then a package and an ONNX file,
+    each proved against the trained model where it is made. These three have every kind of layer."""
+    pytest.importorskip("onnx", minversion="1.23")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    preset = HybridConfig.preset(f"{family}-0.4b")
+    narrow = {**SIZES, "num_hidden_layers": len(preset.pattern)}
+    model = HybridLM(HybridConfig.preset(f"{family}-0.4b", **narrow))
+    step, ids = torch.compile(model, fullgraph=True), tokens(2, 70)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        losses.append(step(ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    model.eval()
+    assert {"prefill", "step"} <= set(export_aoti(model, tmp_path / "aoti").files)
+    assert "model.onnx" in export_onnx(model, tmp_path / "onnx", "portable").files
