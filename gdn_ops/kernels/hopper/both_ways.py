@@ -25,8 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from gdn_ops.kernels.hopper.tiles import (
+    ALONG_C,
     BK,
     BV,
+    LEFT_C,
+    LEFT_K,
+    OF_C,
+    OF_K,
     REGISTERS,
     REGISTERS_TO_COMPUTE,
     REGISTERS_TO_LOAD,
@@ -121,26 +126,23 @@ def _load_back(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, 
 
 @gluon.jit
 def _load(
-    tensors, tiles, full, empty, forth, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr, PARTS: gl.constexpr,
-    MAP: gl.constexpr,
+    tensors, tiles, full, empty, forth, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr, PARTS: gl.constexpr
 ):  # fmt: skip
-    if MAP:
-        _load_back(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV, PARTS)
-    elif forth:
+    if forth:
         _load_forth(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV, PARTS)
     else:
         _load_back(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV, PARTS)
 
 
 @gluon.jit
-def _enter(state, at, v0, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, layout: gl.constexpr):
+def _enter(state, at, v0, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
     """A tile ``[BV, BK]`` of a state in memory (None: zeros), each number of which the compiler believes to be another:
     of equal ones ptxas runs the products one by one (C7511)."""
     if state is None:
-        S_vk = gl.zeros([BV, BK], gl.float32, layout)
+        S_vk = gl.zeros([BV, BK], gl.float32, OF_K)
         S_vk = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [S_vk], dtype=gl.float32, is_pure=False, pack=1)
     else:
-        offsets, mask = state_tile(v0, K, V, BK, BV, layout)
+        offsets, mask = state_tile(v0, K, V, BK, BV)
         S_vk = gl.load(state + at.to(gl.int64) * (K * V) + offsets, mask=mask, other=0.0).to(gl.float32)
     return S_vk
 
@@ -169,19 +171,14 @@ def _forth(
     BK: gl.constexpr = k_s.shape[4]
     BV: gl.constexpr = v_s.shape[4]
     dtype: gl.constexpr = k_s.dtype
-    of_k: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
-    of_c: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
-    left_c: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_c, k_width=2)
-    left_k: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_k, k_width=2)
-    along_c: gl.constexpr = gl.SliceLayout(0, of_c)
     v0 += part * BV
-    none_c = gl.zeros([BV, C], gl.float32, of_c)
+    none_c = gl.zeros([BV, C], gl.float32, OF_C)
     s_tile = s_out.index(part)
     n_tile = n_out.index(part)
-    S_vk = _enter(before, segment * HV + hv, v0, K, V, BK, BV, of_k)
+    S_vk = _enter(before, segment * HV + hv, v0, K, V, BK, BV)
     low_vk = S_vk.to(dtype)
     mbarrier.wait(full.index(0), 0)
-    S_vk = S_vk * last_of(g_s.index(0), along_c, C)
+    S_vk = S_vk * last_of(g_s.index(0))
     stage = 0
     phase = 0
     for i in range(chunks):
@@ -189,20 +186,20 @@ def _forth(
         k_ck = k_s.index(stage).reshape([C, BK])
         v_cv = v_s.index(PARTS * stage + part).reshape([C, BV])
         t_jc = t_s.index(stage).permute((1, 0))
-        S_low = gl.convert_layout(low_vk, left_c)
+        S_low = gl.convert_layout(low_vk, LEFT_C)
         stored_vc = warpgroup_mma(S_low, k_ck.permute((1, 0)), none_c, use_acc=False, is_async=True)
         w_vc = warpgroup_mma(v_cv.permute((1, 0)), t_jc, none_c, use_acc=False, is_async=True)
         tma.store_wait(0)
         s_tile.reshape([BV, BK]).store(low_vk)
         fence_async_shared()
         tma.async_copy_shared_to_global(states, [row, v0, 0], s_tile)
-        grown_c = g_s.index(stage).reshape([C]).load(along_c)
-        decay_c = d_s.index(stage).reshape([C]).load(along_c)
+        grown_c = g_s.index(stage).reshape([C]).load(ALONG_C)
+        decay_c = d_s.index(stage).reshape([C]).load(ALONG_C)
         stored_vc, w_vc = warpgroup_mma_wait(0, deps=(stored_vc, w_vc))
-        erased_vc = gl.convert_layout((stored_vc * -grown_c[None, :]).to(dtype), left_c)
+        erased_vc = gl.convert_layout((stored_vc * -grown_c[None, :]).to(dtype), LEFT_C)
         new_vc = warpgroup_mma(erased_vc, t_jc, w_vc, is_async=True)
         new_vc = warpgroup_mma_wait(0, deps=(new_vc,))
-        decayed_vc = gl.convert_layout((new_vc * decay_c[None, :]).to(dtype), left_k)
+        decayed_vc = gl.convert_layout((new_vc * decay_c[None, :]).to(dtype), LEFT_K)
         S_vk = warpgroup_mma(decayed_vc, k_ck, S_vk, is_async=True)
         n_tile.reshape([BV, C]).store(new_vc.to(dtype))
         fence_async_shared()
@@ -210,7 +207,7 @@ def _forth(
         more = i + 1 < chunks
         ahead, phase_ahead = next_stage(stage, phase, STAGES)
         mbarrier.wait(full.index(ahead), phase_ahead, pred=more)
-        whole = gl.where(more, last_of(g_s.index(ahead), along_c, C), 1.0)
+        whole = gl.where(more, last_of(g_s.index(ahead)), 1.0)
         S_vk = warpgroup_mma_wait(0, deps=(S_vk,))
         mbarrier.arrive(empty.index(stage), count=1)
         low_vk = S_vk.to(dtype)
@@ -251,25 +248,20 @@ def _back(
     BK: gl.constexpr = k_s.shape[4]
     BV: gl.constexpr = v_s.shape[4]
     dtype: gl.constexpr = k_s.dtype
-    of_k: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
-    of_c: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
-    left_c: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_c, k_width=2)
-    left_k: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_k, k_width=2)
-    along_c: gl.constexpr = gl.SliceLayout(0, of_c)
-    along_left: gl.constexpr = gl.SliceLayout(0, left_k)
+    along_left: gl.constexpr = gl.SliceLayout(0, LEFT_K)
     v0 += part * BV
-    none_c = gl.zeros([BV, C], gl.float32, of_c)
+    none_c = gl.zeros([BV, C], gl.float32, OF_C)
     s_tile = s_out.index(part)
     n_tile = n_out.index(part)
     if MAP and after is not None:
-        S_vk = _enter(None, n, v0, K, V, BK, BV, of_k)
+        S_vk = _enter(None, n, v0, K, V, BK, BV)
         if last:
-            S_vk = _enter(after, n * HV + hv, v0, K, V, BK, BV, of_k)
+            S_vk = _enter(after, n * HV + hv, v0, K, V, BK, BV)
     else:
-        S_vk = _enter(after, segment * HV + hv, v0, K, V, BK, BV, of_k)
+        S_vk = _enter(after, segment * HV + hv, v0, K, V, BK, BV)
     low_vk = S_vk.to(dtype)
     mbarrier.wait(full.index(0), 0)
-    S_vk = S_vk * last_of(g_s.index(0), along_c, C)
+    S_vk = S_vk * last_of(g_s.index(0))
     qk_cj = likeness(q_s, k_s, 0, PARTS, part)
     D_cj = decays(c_s, 0, score_scale, C, PARTS, part)
     qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
@@ -282,7 +274,7 @@ def _back(
     for i in range(chunks):
         k_ck = k_s.index(stage).reshape([C, BK])
         do_vc = v_s.index(PARTS * stage + part).reshape([C, BV]).permute((1, 0))
-        S_low = gl.convert_layout(low_vk, left_c)
+        S_low = gl.convert_layout(low_vk, LEFT_C)
         kept_vc = warpgroup_mma(S_low, k_ck.permute((1, 0)), none_c, use_acc=False, is_async=True)
         mbarrier.wait(scored.index(i & 1), i >> 1 & 1)
         e_vc = warpgroup_mma(do_vc, p_s.index(i & 1), none_c, use_acc=False, is_async=True)
@@ -294,20 +286,20 @@ def _back(
         more = i + 1 < chunks
         ahead, phase_ahead = next_stage(stage, phase, STAGES)
         grown_c = g_s.index(stage).reshape([C]).load(along_left) * scale
-        grown_vc = (do_vc.load(left_k).to(gl.float32) * grown_c[None, :]).to(dtype)
-        decay_c = d_s.index(stage).reshape([C]).load(along_c)
-        erasing_c = e_s.index(stage).reshape([C]).load(along_c)
+        grown_vc = (do_vc.load(LEFT_K).to(gl.float32) * grown_c[None, :]).to(dtype)
+        decay_c = d_s.index(stage).reshape([C]).load(ALONG_C)
+        erasing_c = e_s.index(stage).reshape([C]).load(ALONG_C)
         kept_vc, e_vc = warpgroup_mma_wait(0, deps=(kept_vc, e_vc))
-        dnew_vc = gl.convert_layout((kept_vc * decay_c[None, :] + e_vc).to(dtype), left_c)
+        dnew_vc = gl.convert_layout((kept_vc * decay_c[None, :] + e_vc).to(dtype), LEFT_C)
         x_vc = warpgroup_mma(dnew_vc, t_s.index(stage).permute((1, 0)), none_c, use_acc=False, is_async=True)
         S_vk = warpgroup_mma(grown_vc, q_s.index(stage).reshape([C, BK]), S_vk, is_async=True)
         # The scores of the chunk ahead; after the last one, of what is there.
         mbarrier.wait(full.index(ahead), phase_ahead, pred=more)
         qk_cj = likeness(q_s, k_s, ahead, PARTS, part)
         D_cj = decays(c_s, ahead, score_scale, C, PARTS, part)
-        whole = gl.where(more, last_of(g_s.index(ahead), along_c, C), 1.0)
+        whole = gl.where(more, last_of(g_s.index(ahead)), 1.0)
         x_vc = warpgroup_mma_wait(2, deps=(x_vc,))
-        erased_vc = gl.convert_layout((x_vc * erasing_c[None, :]).to(dtype), left_k)
+        erased_vc = gl.convert_layout((x_vc * erasing_c[None, :]).to(dtype), LEFT_K)
         S_vk = warpgroup_mma(erased_vc, k_ck, S_vk, is_async=True)
         if not MAP:
             n_tile.reshape([C, BV]).permute((1, 0)).store(x_vc.to(dtype))
@@ -325,10 +317,10 @@ def _back(
         phase = phase_ahead
     if leave is not None:
         if MAP:
-            offsets, mask = state_tile(v0, K, V, BK, BV, of_k)
+            offsets, mask = state_tile(v0, K, V, BK, BV)
             gl.store(leave + (segment * HV + hv).to(gl.int64) * (K * V) + offsets, S_vk, mask=mask)
         elif first:
-            offsets, mask = state_tile(v0, K, V, BK, BV, of_k)
+            offsets, mask = state_tile(v0, K, V, BK, BV)
             gl.store(leave + (n * HV + hv).to(gl.int64) * (K * V) + offsets, S_vk, mask=mask)
     if not MAP:
         tma.store_wait(0)
@@ -355,9 +347,7 @@ def _compute(
     MAP: gl.constexpr,
     part: gl.constexpr,
 ):
-    if MAP:
-        _back(outs, states_in, scales, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V, PARTS, MAP, part)
-    elif forth:
+    if forth:
         _forth(outs, states_in[0], place, tiles, s_out, n_out, full, empty, HV, K, V, PARTS, part)
     else:
         _back(outs, states_in, scales, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V, PARTS, MAP, part)
@@ -405,8 +395,10 @@ def hopper_both_ways_kernel(
     NT = (T + C - 1) // C
     parts = (NT + SEGMENT - 1) // SEGMENT
     program = gl.program_id(0)
-    forth = program % 2 == 0
-    if not MAP:
+    if MAP:
+        forth: gl.constexpr = False
+    else:
+        forth = program % 2 == 0
         program = program // 2
     v0 = program % NV * (PARTS * BV)
     hv = program // NV % HV
@@ -460,7 +452,7 @@ def hopper_both_ways_kernel(
                     (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V,
                      PARTS, MAP, 0),
                 ),
-                (_load, (tensors, tiles, full, empty, forth, b, first * C, h, hv, v0, chunk, chunks, HV, PARTS, MAP)),
+                (_load, (tensors, tiles, full, empty, forth, b, first * C, h, hv, v0, chunk, chunks, HV, PARTS)),
             ],
             [1],
             [TO_LOAD],
@@ -478,7 +470,7 @@ def hopper_both_ways_kernel(
                     (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V,
                      PARTS, MAP, 1),
                 ),
-                (_load, (tensors, tiles, full, empty, forth, b, first * C, h, hv, v0, chunk, chunks, HV, PARTS, MAP)),
+                (_load, (tensors, tiles, full, empty, forth, b, first * C, h, hv, v0, chunk, chunks, HV, PARTS)),
             ],
             [4, 1],
             [TO_COMPUTE, TO_LOAD],

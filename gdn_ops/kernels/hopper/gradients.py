@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gdn_ops.kernels.hopper.tiles import exp2, heads, matrices, rows_of
+from gdn_ops.kernels.hopper.tiles import ALONG_C, OF_C, add, exp2, heads, matrices, rows_of
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk
@@ -110,11 +110,6 @@ def _load(
 
 
 @gluon.jit
-def _add(x, y):
-    return x + y
-
-
-@gluon.jit
 def _together(x, y, z):
     """Values ``[64]`` of a warp, when all of its lanes have them: what they were loaded from may be overwritten."""
     return gl.inline_asm_elementwise(
@@ -157,7 +152,7 @@ def _gates(dg, dbeta, sums_s, summed, gated, items, programs, T, NT, H: gl.const
             of_beta = gl.convert_layout(_column(sums, columns, 2), plain, assert_trivial=True)
             of_gate, ended, of_beta = _together(of_gate, ended, of_beta)
             mbarrier.arrive(gated.index(turn), count=1)
-            after = gl.associative_scan(gl.where(real, of_gate, 0.0), 0, _add, reverse=True) + gl.sum(ended, 0)
+            after = gl.associative_scan(gl.where(real, of_gate, 0.0), 0, add, reverse=True) + gl.sum(ended, 0)
             at = ((b * T + token).to(gl.int64) + rows) * HV + item % H * GROUP + member
             gl.store(dg + at, after.to(dg.dtype.element_ty), mask=real)
             gl.store(dbeta + at, of_beta.to(dbeta.dtype.element_ty), mask=real)
@@ -192,12 +187,10 @@ def _compute(
     dtype: gl.constexpr = tiles.dtype
     two: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     four: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    of_c: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    row_c: gl.constexpr = gl.SliceLayout(1, of_c)
-    col_c: gl.constexpr = gl.SliceLayout(0, of_c)
+    row_c: gl.constexpr = gl.SliceLayout(1, OF_C)
     rows = gl.arange(0, C, row_c)
-    columns = gl.arange(0, C, col_c)
-    none = gl.zeros([C, 64], gl.float32, of_c)
+    columns = gl.arange(0, C, ALONG_C)
+    none = gl.zeros([C, 64], gl.float32, OF_C)
     # The four threads that have the same row of a product, and so its sums, leave one of them each.
     of_4: gl.constexpr = gl.DistributedLinearLayout(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [C, 4]
@@ -215,8 +208,8 @@ def _compute(
         q_j = q_s.index(turn).reshape([C, 128]).slice(part * 64, 64, 1)
         k_j = k_s.index(turn).reshape([C, 128]).slice(part * 64, 64, 1)
         mbarrier.wait(qk_full.index(turn), number >> 1 & 1)
-        dq_ck = gl.zeros([C, 64], gl.float32, of_c)
-        dk_ck = gl.zeros([C, 64], gl.float32, of_c)
+        dq_ck = gl.zeros([C, 64], gl.float32, OF_C)
+        dk_ck = gl.zeros([C, 64], gl.float32, OF_C)
         for member in range(GROUP):
             hv = h * GROUP + member
             vector = members & 1
@@ -240,12 +233,13 @@ def _compute(
             low_c = low.load(row_c)
             if part == 0:
                 low_c += score_scale
-            x_half = x_cv.slice(part * 64, 64, 1).load(of_c).to(gl.float32)
+            x_half = x_cv.slice(part * 64, 64, 1).load(OF_C).to(gl.float32)
             D_cc = exp2(
-                (high.load(row_c)[:, None] - high.load(col_c)[None, :]) + (low_c[:, None] - low.load(col_c)[None, :])
+                (high.load(row_c)[:, None] - high.load(ALONG_C)[None, :])
+                + (low_c[:, None] - low.load(ALONG_C)[None, :])
             )
             mbarrier.wait(full.index(1), phase)
-            of_value = gl.sum(x_half * v_half.load(of_c).to(gl.float32), 1)
+            of_value = gl.sum(x_half * v_half.load(OF_C).to(gl.float32), 1)
             v_half.store((x_half * beta_c[:, None]).to(dtype))
             square = warpgroup_mma_wait(0, deps=(square,))
             # The squares of the member before have been read where its sums are there.
@@ -272,7 +266,7 @@ def _compute(
                 toward_k = warpgroup_mma(
                     n_vc.slice(half * 64, 64).permute((1, 0)), ds_vk, toward_k, use_acc=half > 0, is_async=True
                 )
-                trace += gl.sum(s_vk.load(of_c).to(gl.float32) * ds_vk.load(of_c).to(gl.float32), 1)
+                trace += gl.sum(s_vk.load(OF_C).to(gl.float32) * ds_vk.load(OF_C).to(gl.float32), 1)
                 toward_q, r_ck, toward_k = warpgroup_mma_wait(0, deps=(toward_q, r_ck, toward_k))
                 mbarrier.arrive(empty.index(half), count=1)
             mbarrier.wait(exchanged, phase)
@@ -281,7 +275,7 @@ def _compute(
             grown_c = g_s.index(vector).reshape([C]).load(row_c)
             decay_c = d_s.index(vector).reshape([C]).load(row_c)
             whole = gl.sum(g_s.index(vector).reshape([C]).slice(C - 1, 1).load(row_c), 0)
-            k_ck = k_j.load(of_c).to(gl.float32)
+            k_ck = k_j.load(OF_C).to(gl.float32)
             toward_q = toward_q * (grown_c * scale)[:, None]
             toward_k = toward_k * decay_c[:, None]
             ended = gl.sum(toward_k * k_ck, 1) + trace * whole  # all of it is summed, whatever the row
@@ -291,7 +285,7 @@ def _compute(
             toward_k = warpgroup_mma(p_s.permute((1, 0)), q_j, toward_k, is_async=True)
             toward_k = warpgroup_mma(ab_s.permute((1, 0)), k_j, toward_k, is_async=True)
             toward_q, r_ck, toward_k = warpgroup_mma_wait(0, deps=(toward_q, r_ck, toward_k))
-            as_query = gl.sum(toward_q * q_j.load(of_c).to(gl.float32), 1)
+            as_query = gl.sum(toward_q * q_j.load(OF_C).to(gl.float32), 1)
             dq_ck += toward_q
             as_row = -gl.sum(r_ck * k_ck, 1)
             as_column = gl.sum(toward_k * k_ck, 1)

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gdn_ops.kernels.hopper.tiles import BK, exp2, heads
+from gdn_ops.kernels.hopper.tiles import BK, OF_C, add, exp2, heads
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.intra_chunk import ALIKE, LOG2_E, STRETCH, WEAKEST, IntraChunk, strides_of
 
@@ -80,11 +80,6 @@ def _substitution() -> str:
 _SUBSTITUTION = gl.constexpr(_substitution())
 # Outputs are written before the last input is read.
 _OPERANDS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
-
-
-@gluon.jit
-def _add(x, y):
-    return x + y
 
 
 @gluon.jit
@@ -274,7 +269,6 @@ def hopper_invert_kernel(
     """Outputs are those of ``invert_kernel``; ``rate``, ``erasing`` and ``inverse`` may be None."""
     C: gl.constexpr = k.block_type.shape[2]
     BK: gl.constexpr = k.block_type.shape[3]
-    kk_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     of: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
     along_i: gl.constexpr = gl.SliceLayout(1, of)
     along_j: gl.constexpr = gl.SliceLayout(0, of)
@@ -318,7 +312,7 @@ def hopper_invert_kernel(
     g_c = loaded_s.slice(0, C).load(every_warp).to(gl.float64)
     beta_c = loaded_s.slice(C, C).load(every_warp)
     g_c = gl.where(g_c < WEAKEST, WEAKEST, g_c) * LOG2_E
-    c = gl.associative_scan(g_c, 0, _add)
+    c = gl.associative_scan(g_c, 0, add)
     high_c = c.to(gl.float32)
     low_c = (c - high_c.to(gl.float64)).to(gl.float32)
     high_s = gl.allocate_shared_memory(gl.float32, [C], plain)
@@ -360,7 +354,7 @@ def hopper_invert_kernel(
     left = (high_s.slice(C - 1, 1).load(every_warp) - high_c) + (low_s.slice(C - 1, 1).load(every_warp) - low_c)
     # Not before these loads: of a barrier while a product runs Triton believes that it ends what the product reads.
     k_ck = k_s.reshape([C, BK])
-    none = gl.zeros([C, C], gl.float32, kk_layout)
+    none = gl.zeros([C, C], gl.float32, OF_C)
     kk = warpgroup_mma(k_ck, k_ck.permute((1, 0)), none, use_acc=False, is_async=True)
     gl.store(to_end + here + rows, exp2(left) * (1 / SCALE))
     since_i = minus_beta_i * exp2((high_i - end_i) + low_i)

@@ -37,8 +37,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from gdn_ops.kernels.hopper.tiles import (
+    ALONG_C,
     BK,
     BV,
+    LEFT_C,
+    LEFT_K,
+    OF_C,
+    OF_K,
     REGISTERS,
     REGISTERS_TO_COMPUTE,
     REGISTERS_TO_LOAD,
@@ -120,24 +125,19 @@ def _compute(
     BK: gl.constexpr = k_s.shape[4]
     BV: gl.constexpr = v_s.shape[4]
     dtype: gl.constexpr = k_s.dtype
-    of_k: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BK, 16])
-    of_c: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
-    left_c: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_c, k_width=2)
-    left_k: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=of_k, k_width=2)
-    along_c: gl.constexpr = gl.SliceLayout(0, of_c)
 
     v0 += part * BV
-    none_c = gl.zeros([BV, C], gl.float32, of_c)
+    none_c = gl.zeros([BV, C], gl.float32, OF_C)
     o_tile = o_s.index(part)
     if initial_state is None:
-        S_vk = gl.zeros([BV, BK], gl.float32, of_k)
+        S_vk = gl.zeros([BV, BK], gl.float32, OF_K)
     else:
         at = initial_state + (segment * HV + hv).to(gl.int64) * (K * V)
-        offsets, mask = state_tile(v0, K, V, BK, BV, of_k)
+        offsets, mask = state_tile(v0, K, V, BK, BV)
         S_vk = gl.load(at + offsets, mask=mask, other=0.0).to(gl.float32)
-    S_low = gl.convert_layout(S_vk.to(dtype), left_c)
+    S_low = gl.convert_layout(S_vk.to(dtype), LEFT_C)
     mbarrier.wait(full.index(0), 0)
-    S_vk = S_vk * last_of(g_s.index(0), along_c, C)
+    S_vk = S_vk * last_of(g_s.index(0))
     stage = 0
     phase = 0
     for i in range(chunks):
@@ -157,15 +157,15 @@ def _compute(
         keep_scores(qk_cj, D_cj, p_cc, 2, part)
         mbarrier.arrive(scored.index(i & 1), count=1)
 
-        grown_c = g_s.index(stage).reshape([C]).load(along_c)
+        grown_c = g_s.index(stage).reshape([C]).load(ALONG_C)
         stored_vc, w_vc = warpgroup_mma_wait(0, deps=(stored_vc, w_vc))
-        erased_vc = gl.convert_layout((stored_vc * -grown_c[None, :]).to(dtype), left_c)
+        erased_vc = gl.convert_layout((stored_vc * -grown_c[None, :]).to(dtype), LEFT_C)
         new_vc = warpgroup_mma(erased_vc, t_jc, w_vc, is_async=True)
         read_vc = warpgroup_mma(S_low, q_ck.permute((1, 0)), none_c, use_acc=False, is_async=True)
-        decay_c = d_s.index(stage).reshape([C]).load(along_c)
+        decay_c = d_s.index(stage).reshape([C]).load(ALONG_C)
         new_vc = warpgroup_mma_wait(1, deps=(new_vc,))
-        decayed_vc = gl.convert_layout((new_vc * decay_c[None, :]).to(dtype), left_k)
-        new_low = gl.convert_layout(new_vc.to(dtype), left_c)
+        decayed_vc = gl.convert_layout((new_vc * decay_c[None, :]).to(dtype), LEFT_K)
+        new_low = gl.convert_layout(new_vc.to(dtype), LEFT_C)
         S_vk = warpgroup_mma(decayed_vc, k_ck, S_vk, is_async=True)
         mbarrier.wait(scored.index(i & 1), i >> 1 & 1)
         read_vc = warpgroup_mma_wait(1, deps=(read_vc,))
@@ -177,9 +177,9 @@ def _compute(
         more = i + 1 < chunks
         ahead, phase_ahead = next_stage(stage, phase, STAGES)
         mbarrier.wait(full.index(ahead), phase_ahead, pred=more)
-        whole = gl.where(more, last_of(g_s.index(ahead), along_c, C), 1.0)
+        whole = gl.where(more, last_of(g_s.index(ahead)), 1.0)
         S_vk = warpgroup_mma_wait(1, deps=(S_vk,))
-        S_low = gl.convert_layout(S_vk.to(dtype), left_c)
+        S_low = gl.convert_layout(S_vk.to(dtype), LEFT_C)
         S_vk = S_vk * whole
         tma.store_wait(0)
         o_vc, S_vk = warpgroup_mma_wait(0, deps=(o_vc, S_vk))
@@ -192,7 +192,7 @@ def _compute(
     if final_state is not None:  # noqa: SIM102, decided when it is compiled
         if last:
             at = final_state + (b * HV + hv).to(gl.int64) * (K * V)
-            offsets, mask = state_tile(v0, K, V, BK, BV, of_k)
+            offsets, mask = state_tile(v0, K, V, BK, BV)
             gl.store(at + offsets, S_vk, mask=mask)
     tma.store_wait(0)
 

@@ -17,6 +17,18 @@ from gdn_ops.kernels.triton.chunk_table import CHUNK
 
 BK = 128
 BV = 64  # columns of a warpgroup
+
+
+def _products(width: int) -> gl.NVMMADistributedLayout:
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, width, 16])
+
+
+# A warpgroup's products of BK and of CHUNK columns, the left operands made of such, and what one column has.
+OF_K, OF_C = gl.constexpr(_products(BK)), gl.constexpr(_products(CHUNK))
+LEFT_K, LEFT_C = (
+    gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=_products(n), k_width=2)) for n in (BK, CHUNK)
+)
+ALONG_C = gl.constexpr(gl.SliceLayout(0, _products(CHUNK)))
 # Three warpgroups, one of them for the loader: ptxas plans with the mean, and the roles take what they need.
 REGISTERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_LOAD = 168, 240, 24
 
@@ -27,24 +39,30 @@ def exp2(x):
 
 
 @gluon.jit
+def add(x, y):
+    return x + y
+
+
+@gluon.jit
 def next_stage(stage, phase, STAGES: gl.constexpr):
     wraps = stage + 1 == STAGES
     return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
-def last_of(row, layout: gl.constexpr, C: gl.constexpr):
+def last_of(row):
     """The last number of a row in shared memory. A load from memory would be waited for at the next fence."""
-    return gl.sum(row.reshape([C]).slice(C - 1, 1).load(layout), 0)
+    C: gl.constexpr = row.shape[1]
+    return gl.sum(row.reshape([C]).slice(C - 1, 1).load(ALONG_C), 0)
 
 
 @gluon.jit
-def state_tile(first, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, layout: gl.constexpr):
+def state_tile(first, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
     """Offsets in a state ``[K, V]`` of a tile ``[BV, BK]``, and what of it exists. Where ``first`` comes from is hidden
     from the compiler, which would keep the tile in registers from one use to the next."""
     first = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [first], dtype=gl.int32, is_pure=False, pack=1)
-    in_v = first + gl.arange(0, BV, gl.SliceLayout(1, layout))
-    in_k = gl.arange(0, BK, gl.SliceLayout(0, layout))
+    in_v = first + gl.arange(0, BV, gl.SliceLayout(1, OF_K))
+    in_k = gl.arange(0, BK, gl.SliceLayout(0, OF_K))
     return in_k[None, :] * V + in_v[:, None], (in_v < V)[:, None] & (in_k < K)[None, :]
 
 
