@@ -85,7 +85,7 @@ def _gdn_ops_in_place(x: Inputs, direction: str) -> Call:
 
 
 def _gdn_ops_portable(x: Inputs, direction: str) -> Call:
-    """The kernels that compiled graphs hold, where a chip has others of its own."""
+    """The kernels that packages hold, where a chip has others of its own."""
     if direction == "decode" or x.q.device.type != "cuda":
         raise Unavailable(f"gdn_ops portable: expected no decode, on CUDA, got {direction} on {x.q.device.type}")
     from gdn_ops.kernels import hopper

@@ -19,6 +19,9 @@ from torch import Tensor
 from gdn_ops import reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="a Hopper GPU is needed"
+)
 GRADIENTS = ("q", "k", "v", "g", "beta", "initial_state")
 
 

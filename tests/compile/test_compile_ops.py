@@ -19,6 +19,7 @@ from tests.oracle import (
     make_conv_inputs,
     make_inputs,
     make_inputs_of,
+    on_hopper,
     run_with_gradients,
     suited,
 )
@@ -218,13 +219,12 @@ def test_inductor_sees_the_triton_kernels(name, width):
 
 
 @pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("V", [128, 256])
 def test_large_calls_on_hopper_stay_whole(mode, V):
     """Inductor does not take their kernels. A graph for any length, traced at a large one, serves small ones as well.
     With wide values all that goes for the forward alone."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("the kernels are for Hopper")
     compiled = torch.compile(gdn_ops.chunk_gated_delta_rule, mode=mode, fullgraph=True)
 
     def run(rule, T):

@@ -30,12 +30,9 @@ from gdn_ops.kernels.triton.intra_chunk import STRETCH, intra_chunk
 from gdn_ops.kernels.triton.launch import traced
 from tests.kernels.roles import roles_kernel
 from tests.kernels.triton_rule import arguments_of, check_chunk, chunk, forward, scale_of
-from tests.oracle import assert_all_close, assert_close, cotangents, expected, make_inputs
+from tests.oracle import assert_all_close, assert_close, cotangents, expected, make_inputs, on_hopper
 
 gpu = pytest.mark.gpu
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="a Hopper GPU is needed"
-)
 
 
 def descriptor(block: list[int], element: str) -> str:
@@ -178,7 +175,9 @@ def test_only_a_hopper_gpu_serves():
     "change, whole",
     [
         ({}, True),
-        ({"V": 200, "widest": 512}, True),
+        ({"V": 200, "gradients": False}, True),
+        ({"V": 96, "gradients": False}, True),
+        ({"V": 96}, False),
         ({"V": 256}, False),
         ({"V": 64}, False),
         ({"K": 64}, False),
@@ -190,14 +189,14 @@ def test_only_a_hopper_gpu_serves():
     ids=str,
 )
 def test_what_a_compiled_graph_leaves_to_these_kernels(monkeypatch, change, whole):
-    at = {"T": 8192, "K": 128, "V": 128, "dtype": torch.bfloat16, "packed": False, "widest": 128, **change}
+    at = {"T": 8192, "K": 128, "V": 128, "dtype": torch.bfloat16, "packed": False, "gradients": True, **change}
     q, v = (torch.empty(1, at["T"], 8, at[width], dtype=at["dtype"], device="meta") for width in "KV")
     bounds = torch.empty(3, dtype=torch.int32, device="meta") if at["packed"] else None
-    assert not hopper.serves_whole(q, v, bounds, at["widest"])  # no such GPU
+    assert not hopper.serves_whole(q, v, bounds, at["gradients"])  # no such GPU
     monkeypatch.setattr(hopper, "is_for", lambda x: True)
-    assert hopper.serves_whole(q, v, bounds, at["widest"]) == whole
+    assert hopper.serves_whole(q, v, bounds, at["gradients"]) == whole
     with batch_invariant():
-        assert not hopper.serves_whole(q, v, bounds, at["widest"])
+        assert not hopper.serves_whole(q, v, bounds, at["gradients"])
 
 
 def test_graphs_are_not_made_of_these_kernels(monkeypatch):

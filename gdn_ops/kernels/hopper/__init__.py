@@ -43,21 +43,25 @@ def _is_copied(x: Tensor) -> bool:
     return x.stride(-1) == 1 and steps and x.data_ptr() % 16 == 0
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable) -> bool:
-    """Whether the kernels here may take the place of the portable ones.
-
-    It does for dense batches of 16-bit heads with 64 < K <= 128 and V > 64, on a Hopper GPU, outside compilers.
-    Packed sequences would need the copies of a chunk to end inside a tensor; batch-invariant calls keep one kernel for
-    both.
+def _fits(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, gradients: bool = False) -> bool:
+    """Dense batches of 16-bit heads with 64 < K <= 128 and V > 64, for gradients V = 128, on a Hopper GPU. Packed
+    sequences would need the copies of a chunk to end inside a tensor; batch-invariant calls keep one kernel for both.
     """
     return (
         is_for(q)
-        and not is_traced()
         and not is_batch_invariant()
-        and table.cu_seqlens is None
+        and cu_seqlens is None
         and q.element_size() == 2
         and 64 < q.shape[3] <= 128
-        and v.shape[3] > 64
+        and (v.shape[3] == 128 if gradients else v.shape[3] > 64)
+    )
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, gradients: bool = False) -> bool:
+    """Whether the kernels here may take the place of the portable ones, outside compilers."""
+    return (
+        not is_traced()
+        and _fits(q, v, table.cu_seqlens, gradients)
         and scale > 0
         and table.chunks * v.shape[2] * CHUNK < 2**31
         and all(map(_is_copied, (q, k, v)))
@@ -69,22 +73,17 @@ def _hint(size) -> int:
     return size if isinstance(size, int) else getattr(size.node, "hint", None) or 0
 
 
-def serves_whole(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, widest: int) -> bool:
-    """Whether ``torch.compile`` had better leave a call as it is, since these kernels take it, with values up to
-    ``widest``. The host pays for it: it starts each of them by Triton's own launcher."""
-    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+def serves_whole(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, gradients: bool) -> bool:
+    """Whether ``torch.compile`` had better leave a call as it is, since these kernels take it. The host pays for it: it
+    starts each of them by Triton's own launcher."""
+    B, T, HV, V = v.shape
     return (
-        is_for(q)
-        and not is_batch_invariant()
-        and cu_seqlens is None
-        and q.element_size() == 2
-        and all(isinstance(width, int) for width in (K, V))
-        and 64 < K <= 128
-        and 64 < V <= widest
+        all(isinstance(width, int) for width in (q.shape[3], V))
+        and _fits(q, v, cu_seqlens, gradients)
         and math.prod(map(_hint, (B, T, HV))) >= TOKENS_TO_PAY
     )
 
 
 def serves_gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float, table: ChunkTable) -> bool:
     """Whether ``hopper.gradients`` may: its tiles are of 128 values."""
-    return serves(q, k, v, scale, table) and v.shape[3] == 128 and _is_copied(do)
+    return serves(q, k, v, scale, table, gradients=True) and _is_copied(do)

@@ -587,7 +587,7 @@ def chunk_backward(
 
 def stays_whole(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale) -> bool:
     """Whether a compiled graph leaves this call of ``chunk_backward`` as it is."""
-    return hopper.serves_whole(q, v, cu_seqlens, 128)
+    return hopper.serves_whole(q, v, cu_seqlens, gradients=True)
 
 
 def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, scale) -> tuple[Tensor, ...]:
