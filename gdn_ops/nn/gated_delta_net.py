@@ -19,6 +19,7 @@ a symbolic length is never 1 here, so a compiled or exported prefill stays right
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -36,6 +37,7 @@ from gdn_ops.functional import (
 from gdn_ops.nn.mixer import RecurrentMixer
 from gdn_ops.nn.norm import GatedRMSNorm, RMSNorm
 from gdn_ops.nn.padding import real_tokens
+from gdn_ops.nn.projection import project
 
 
 class GatedDeltaNet(RecurrentMixer):
@@ -121,17 +123,14 @@ class GatedDeltaNet(RecurrentMixer):
 
     def _mix(self, x, lengths, state, cu_seqlens, output_state) -> tuple[Tensor, dict[str, Tensor] | None]:
         T, state = x.shape[1], state or {}
-        qkv, a, b = self.qkv_proj(x), self.a_proj(x) if self.use_decay else None, self.b_proj(x)
+        qkv = self.qkv_proj(x)
+        a, b = project(x, self.a_proj, self.b_proj) if self.use_decay else (None, *project(x, self.b_proj))
         if lengths is not None:  # softplus(-inf) = sigmoid(-inf) = 0: no decay and no writing
             padded = ~real_tokens(lengths, T)[:, :, None]
             a, b = (None if y is None else y.masked_fill(padded, -torch.inf) for y in (a, b))
         qkv, conv = self._convolve(qkv, lengths, state.get("conv"), cu_seqlens, output_state)
-        q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         o, recurrent = self._rule(statically_known_true(T == 1))(
-            q.unflatten(-1, (self.num_heads, self.head_k_dim)),
-            k.unflatten(-1, (self.num_heads, self.head_k_dim)),
-            v.unflatten(-1, (self.num_v_heads, self.head_v_dim)),
-            a, b,
+            *self._heads(qkv), a, b,
             initial_state=state.get("recurrent"),
             output_final_state=output_state,
             use_qk_l2norm_in_kernel=self.use_qk_l2norm,
@@ -142,6 +141,15 @@ class GatedDeltaNet(RecurrentMixer):
         gate = (self.z_proj(x).unflatten(-1, (self.num_v_heads, self.head_v_dim)),) if self.use_gate else ()
         y = self.o_proj(self.o_norm(o, *gate).flatten(-2))
         return y, self._new_state(recurrent, conv, state) if output_state else None
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v. Features become heads before the cut: after it, Inductor (torch 2.11) would not fuse the two
+        passes of the norms' gradients, whose second one, into qkv's gradient, would then have other axes."""
+        width = math.gcd(self.head_k_dim, self.head_v_dim)
+        counts = [size // width for size in (self.key_dim, self.key_dim, self.value_dim)]
+        parts = qkv.unflatten(-1, (sum(counts), width)).split(counts, dim=-2)
+        pieces = [size // width for size in (self.head_k_dim, self.head_k_dim, self.head_v_dim)]
+        return tuple(x if n == 1 else x.unflatten(-2, (-1, n)).flatten(-2) for x, n in zip(parts, pieces))
 
     def _rule(self, one_token: bool) -> Callable:
         if self.use_delta:

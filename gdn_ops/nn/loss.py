@@ -78,8 +78,8 @@ def _sums(x, weight, targets, chunks, gradients) -> tuple[Tensor, Tensor | None,
     """The sum of the losses of ``x [N, D]`` and, with ``gradients``, what it is by ``x`` and by ``weight``.
 
     The gradient of the logits is not divided by the number of targets before it is rounded: at many tokens fp16 would
-    lose it. The weight's gradient is summed by products that add to what is there (``addmm``): sums that a compiler may
-    put off would keep every chunk's part until the end.
+    lose it. The weight's gradient is summed by products that add to what is there (``addmm_``): sums that a compiler
+    may put off would keep every chunk's part until the end.
     """
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
@@ -99,7 +99,7 @@ def _sums(x, weight, targets, chunks, gradients) -> tuple[Tensor, Tensor | None,
             dlogits_nv = (logits_nv - normalizer).exp() - (vocabulary == target).float()
             dlogits_nv = dlogits_nv.masked_fill(~scored, 0).to(dtype)
             dx.append(dlogits_nv @ weight)
-            dweight = dlogits_nv.T @ x_nd if dweight is None else torch.addmm(dweight, dlogits_nv.T, x_nd)
+            dweight = dlogits_nv.T @ x_nd if dweight is None else dweight.addmm_(dlogits_nv.T, x_nd)
     return (total, torch.cat(dx), dweight) if gradients else (total, None, None)
 
 

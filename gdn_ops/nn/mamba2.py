@@ -28,7 +28,7 @@ from gdn_ops.functional import chunk_gated_linear_attention, recurrent_gated_lin
 from gdn_ops.nn.mixer import RecurrentMixer
 from gdn_ops.nn.norm import GatedGroupRMSNorm
 from gdn_ops.nn.padding import real_tokens
-from gdn_ops.nn.tracing import is_exporting
+from gdn_ops.nn.projection import project
 from gdn_ops.ops.gated_delta_rule import state_dtype
 
 
@@ -109,20 +109,9 @@ class Mamba2(RecurrentMixer):
     def input_weight(self) -> Tensor:
         return self.in_proj.weight
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Inductor pads a product whose width is no multiple of 8, and AOTAutograd then takes the strides of what it
-        saves of it for those of the first T (pytorch/pytorch#191885): another T is an error in the backward. So where
-        a graph for training is compiled the weight gets the missing rows here."""
-        missing = -self.in_proj.out_features % 8
-        if missing and torch.compiler.is_compiling() and not is_exporting() and torch.is_grad_enabled():
-            projected = F.linear(x, F.pad(self.in_proj.weight, (0, 0, 0, missing)))[..., : self.in_proj.out_features]
-        else:
-            projected = self.in_proj(x)
-        return projected.split([self.value_dim, self.conv_dim, self.num_heads], dim=-1)
-
     def _mix(self, x, lengths, state, cu_seqlens, output_state) -> tuple[Tensor, dict[str, Tensor] | None]:
         T, state = x.shape[1], state or {}
-        z, u, dt = self._project(x)
+        z, u, dt = project(x, self.in_proj)[0].split([self.value_dim, self.conv_dim, self.num_heads], dim=-1)
         wide = state_dtype(x)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
         if lengths is not None:  # a step of 0: no decay and no writing

@@ -30,6 +30,12 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+
+
 def make(variant="paper", dtype=torch.float64, device="cpu"):
     torch.manual_seed(0)
     layer = GatedDeltaNet(WIDTH, num_heads=2, head_k_dim=8, head_v_dim=12, **VARIANTS[variant]).to(device, dtype)
@@ -188,6 +194,41 @@ def test_packed_equals_separate(variant, device):
         want, want_state = layer(tokens, state={name: s[n : n + 1] for name, s in start.items()})
         assert_close(y[:, bounds[n] : bounds[n + 1]], want, tol, f"y of sequence {n}")
         assert_same_state({name: s[n : n + 1] for name, s in state.items()}, want_state, tol)
+
+
+@pytest.mark.parametrize("variant", ["paper", "neg_eigval", "deltanet"])
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+def test_compiled_training_is_eagers(variant, padding):
+    """There decay and writing strength come out of one product, of more columns than they have."""
+    layer, x = make(variant), make_input(2, 70).requires_grad_()
+    attention_mask = torch.ones(2, 70).long()
+    attention_mask[1, :7] = 0
+    arguments = (attention_mask,) if padding else ()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    (want, _), (got, _) = layer(x, *arguments), compiled(x, *arguments)
+    real = attention_mask[..., None] if padding else 1
+    dy = make_input(2, 70, seed=2) * real
+    leaves = {"x": x, **dict(layer.named_parameters())}
+    assert_close(got * real, want * real, 1e-12, "y")
+    grads = zip(leaves, *(torch.autograd.grad(y, leaves.values(), dy) for y in (got, want)))
+    for name, ours, theirs in grads:
+        assert_close(ours, theirs, 1e-11, "d" + name)
+
+
+def test_compiled_training_under_autocast():
+    layer, x = make(dtype=torch.float32), make_input(2, 70, dtype=torch.float32)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        want, got = layer(x)[0], compiled(x)[0]
+    assert got.dtype == torch.bfloat16
+    assert_close(got, want, TOLERANCE[torch.bfloat16].values, "y")
+    got.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in (layer.a_proj.weight, layer.b_proj.weight))
+
+
+def test_names_of_parameters():
+    names = "conv_weight A_log dt_bias qkv_proj.weight a_proj.weight b_proj.weight z_proj.weight o_norm.weight"
+    assert list(make().state_dict()) == [*names.split(), "o_proj.weight"]
 
 
 def test_initial_gate_is_the_papers():

@@ -26,6 +26,12 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+
+
 def make(variant="paper", dtype=torch.float64, device="cpu"):
     torch.manual_seed(0)
     layer = Mamba2(WIDTH, head_dim=12, state_size=8, **VARIANTS[variant]).to(device, dtype)
@@ -221,7 +227,7 @@ def test_bad_input_is_named():
 
 
 def test_a_compiled_training_step_has_products_of_even_widths():
-    """Else the backward may fail at another T (``Mamba2._project``); outside training the weight is taken as it is."""
+    """Else the backward may fail at another T (``projection.py``); outside training the weight is taken as it is."""
     layer, x = make(dtype=torch.float32), make_input(2, 9, dtype=torch.float32)
     widths = []
 
