@@ -78,7 +78,13 @@ def check_built(built, spilled: int = 64) -> None:
     assert bytes_spilled <= spilled, said
 
 
-KINDS = [("bf16", 128, 128, True), ("fp16", 128, 128, False), ("bf16", 96, 200, True)]
+KINDS = [
+    ("bf16", 128, 128, True),
+    ("fp16", 128, 128, False),
+    ("bf16", 96, 200, True),
+    ("bf16", 128, 256, True),
+    ("fp16", 96, 384, False),
+]
 ROLES = {"TO_COMPUTE": scan_module.REGISTERS_TO_COMPUTE, "TO_LOAD": scan_module.REGISTERS_TO_LOAD}
 
 
@@ -110,12 +116,14 @@ def test_both_scans_compile_and_fit(tmp_path, element, K, V, state, parts, maps)
 
 
 @pytest.mark.parametrize("element", ["bf16", "fp16"])
-def test_the_gradients_compile_and_fit(tmp_path, element):
+@pytest.mark.parametrize("HV, V", [(4, 128), (2, 256), (4, 256), (6, 384)])
+def test_the_gradients_compile_and_fit(tmp_path, element, HV, V):
     wide = descriptor([1, 1, CHUNK, 128], element)
     types = tiles_of(element) | dict.fromkeys(("v", "do", "dv", "X"), wide) | dict.fromkeys(("dg", "dbeta"), "*fp32")
     types["written"] = descriptor([1, 128, CHUNK], element)
     module = gradients_module
-    constants = {"H": 2, "HV": 4, "TO_COMPUTE": module.REGISTERS_TO_COMPUTE, "TO_HELP": module.REGISTERS_TO_HELP}
+    constants = {"H": 2, "HV": HV, "V": V}
+    constants |= {"TO_COMPUTE": module.REGISTERS_TO_COMPUTE, "TO_HELP": module.REGISTERS_TO_HELP}
     check_built(built(tmp_path, module.hopper_gradient_kernel, types, constants, module.REGISTERS), 1024)
 
 
@@ -161,6 +169,33 @@ def test_the_steps_of_substitution_invert():
     assert_close(inverse, torch.linalg.inv(torch.eye(16, dtype=A.dtype) + A), 1e-12, "inverse")
 
 
+def by_columns(run, x: dict, width: int) -> dict[str, torch.Tensor]:
+    """What ``run(x, do, ds)`` gives, of heads with ``width`` columns of the values each, put together again."""
+    n = x["v"].shape[3] // width
+    do, ds = cotangents(x)
+    v, do = (t.unflatten(3, (n, width)).flatten(2, 3) for t in (x["v"], do))
+    state, ds = (t.unflatten(3, (n, width)).transpose(2, 3).flatten(1, 2) for t in (x["initial_state"], ds))
+    gates = {name: x[name].repeat_interleave(n, 2) for name in ("g", "beta")}
+    got = run({**x, **gates, "v": v, "initial_state": state}, do, ds)
+    got |= {name: got[name].unflatten(2, (-1, n)).flatten(3) for name in ("o", "dv")}
+    states = ("final_state", "dinitial_state")
+    got |= {name: got[name].unflatten(1, (-1, n)).transpose(2, 3).flatten(3) for name in states}
+    return got | {name: got[name].unflatten(2, (-1, n)).sum(3) for name in ("dg", "dbeta")}
+
+
+def test_columns_of_values_meet_in_sums_alone():
+    """A value head is as many heads as one likes, each with some of its columns, whose dq, dk, dg and dbeta add up."""
+    x = make_inputs(2, 20, 2, 4, 8, 12, torch.float64, initial_state=True)
+
+    def run(x, do, ds):
+        return expected(x, do=do, ds=ds)
+
+    whole, parts = run(x, *cotangents(x)), by_columns(run, x, 4)
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        assert_close(parts[name], whole[name], 1e-12, name)
+
+
 def test_roles_alone_compile(tmp_path):
     shared, spilled, _ = built(tmp_path, roles_kernel, {"x": "*i32"}, {"BARRIERS": 20}, 64)
     assert shared < 64 and spilled == 0
@@ -178,7 +213,10 @@ def test_only_a_hopper_gpu_serves():
         ({"V": 200, "gradients": False}, True),
         ({"V": 96, "gradients": False}, True),
         ({"V": 96}, False),
-        ({"V": 256}, False),
+        ({"V": 256}, True),
+        ({"V": 384}, True),
+        ({"V": 200}, False),
+        ({"V": 320}, False),
         ({"V": 64}, False),
         ({"K": 64}, False),
         ({"K": 192}, False),
@@ -348,27 +386,56 @@ def test_inside_a_cuda_graph(calls):
 @gpu
 @on_hopper
 @pytest.mark.parametrize(
-    "B, T, H, HV, K",
+    "B, T, H, HV, K, V",
     [
-        (2, 63, 1, 2, 128),
-        (1, 64, 2, 2, 128),
-        (2, 65, 2, 4, 96),
-        (3, 130, 1, 3, 128),
-        (1, 1000, 2, 8, 128),
-        (1, 4096, 1, 2, 80),
+        (2, 63, 1, 2, 128, 128),
+        (1, 64, 2, 2, 128, 128),
+        (2, 65, 2, 4, 96, 128),
+        (3, 130, 1, 3, 128, 128),
+        (1, 1000, 2, 8, 128, 128),
+        (1, 4096, 1, 2, 80, 128),
+        (2, 65, 2, 2, 128, 256),
+        (1, 300, 3, 9, 128, 256),
+        (3, 130, 2, 4, 96, 384),
+        (2, 131, 1, 3, 128, 512),
+        (1, 1600, 1, 1, 128, 512),  # cut into segments, with a warpgroup a program
+        (1, 1600, 2, 6, 80, 256),  # the same with two
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
-def test_gradients(monkeypatch, dtype, B, T, H, HV, K, state):
+def test_gradients(monkeypatch, dtype, B, T, H, HV, K, V, state):
     made = []
     original = gradients_module.gradients
     monkeypatch.setattr(gradients_module, "gradients", lambda *args: (made.append(args), original(*args)))
-    x = make_inputs(B, T, H, HV, K, 128, dtype, "cuda", initial_state=state)
+    x = make_inputs(B, T, H, HV, K, V, dtype, "cuda", initial_state=state)
     first = check_chunk(x)
     again = chunk(x, *cotangents(x))
     assert len(made) == 2
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize("B, T, H, HV, V", [(2, 130, 1, 2, 256), (1, 300, 2, 4, 384), (1, 2000, 1, 1, 512)])
+def test_wide_values_are_heads_of_128(B, T, H, HV, V):
+    x = make_inputs(B, T, H, HV, 128, V, torch.bfloat16, "cuda", initial_state=True)
+    whole, parts = chunk(x, *cotangents(x)), by_columns(chunk, x, 128)
+    for name in whole:
+        assert_close(parts[name], whole[name], 1e-4, name)
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize("V", [128, 256])
+def test_gradients_of_strided_tokens(V):
+    """Heads that are further apart than they are wide."""
+    x = make_inputs(2, 200, 2, 4, 128, V, torch.bfloat16, "cuda", initial_state=True)
+    do, ds = cotangents(x)
+    want = chunk(x, do, ds)
+    apart = {n: torch.cat([x[n], -x[n]], dim=-1)[..., : x[n].shape[3]] for n in "qkv"}
+    got = chunk({**x, **apart}, torch.cat([-do, do], dim=-1)[..., V:], ds)
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def inverses(x: dict, backward: bool) -> tuple[dict, dict]:

@@ -44,8 +44,9 @@ def _is_copied(x: Tensor) -> bool:
 
 
 def _fits(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, gradients: bool = False) -> bool:
-    """Dense batches of 16-bit heads with 64 < K <= 128 and V > 64, for gradients V = 128, on a Hopper GPU. Packed
-    sequences would need the copies of a chunk to end inside a tensor; batch-invariant calls keep one kernel for both.
+    """Dense batches of 16-bit heads with 64 < K <= 128 and V > 64, for gradients a multiple of 128, on a Hopper GPU.
+    Packed sequences would need the copies of a chunk to end inside a tensor; batch-invariant calls keep one kernel for
+    both.
     """
     return (
         is_for(q)
@@ -53,7 +54,8 @@ def _fits(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, gradients: bool = Fal
         and cu_seqlens is None
         and q.element_size() == 2
         and 64 < q.shape[3] <= 128
-        and (v.shape[3] == 128 if gradients else v.shape[3] > 64)
+        and v.shape[3] > 64
+        and not (gradients and v.shape[3] % 128)
     )
 
 
@@ -85,5 +87,5 @@ def serves_whole(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, gradients: boo
 
 
 def serves_gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float, table: ChunkTable) -> bool:
-    """Whether ``hopper.gradients`` may: its tiles are of 128 values."""
+    """Whether ``hopper.gradients`` may: its tiles have 128 columns of values."""
     return serves(q, k, v, scale, table, gradients=True) and _is_copied(do)

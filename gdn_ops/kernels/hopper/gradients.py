@@ -1,13 +1,16 @@
 """The gradients of the backward on Hopper in one kernel: value_gradient_kernel and key_gradient_kernel of
-``kernels/triton/chunk_backward.py`` together, for V = 128.
+``kernels/triton/chunk_backward.py`` together, for V a multiple of 128.
 
-A program takes (chunk, key head) pairs one after the other, and the value heads of each, its members. Four roles:
+A program takes (chunk, key head) pairs one after the other, and the members of each: its value heads, 128 columns of
+one at a time. Columns of values only meet in sums, and all that they are summed to is linear in them: dq and dk of a
+pair, dg and dbeta of a head. Four roles:
 
 - **a loader**, one warp, has the copy engine (TMA) bring tiles of 16 KiB, in the order in which their places are free:
   those of a member while the one before it is worked on, queries and keys of a pair while the one before it is.
 - **two warpgroups** have 64 columns of keys each. ``dP`` is the first one's, ``dA`` the second's; they pass shared
   memory, not memory.
-- **a warp for the gates** adds the row sums that the two leave, and makes dg and dbeta of them meanwhile.
+- **a warp for the gates** adds the row sums that the two leave, and makes dg and dbeta of them meanwhile, which it
+  keeps in registers until a head's last columns are there.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk
 
-SIZE = 128  # K, padded, and V
+SIZE = 128  # K, padded, and the columns of values of a member
 # A warpgroup for the loader and the gates, as much of the rest for the others as there is.
 REGISTERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_HELP = 168, 240, 24
 
@@ -52,6 +55,7 @@ def _load(
     NT,
     H: gl.constexpr,
     HV: gl.constexpr,
+    NV: gl.constexpr,
 ):
     """Tiles of a member: V', dO, X, v, S, dS (values 0 to 63), S, dS (64 to 127)."""
     q, k, v, do, states, dstates, written, X, sums, from_start, to_end, beta = tensors
@@ -79,8 +83,9 @@ def _load(
         mbarrier.expect(qk_full.index(turn), 2 * NBYTES)
         tma.async_copy_global_to_shared(k, [b, h, token, 0], qk_full.index(turn), k_s.index(turn))
         tma.async_copy_global_to_shared(q, [b, h, token, 0], qk_full.index(turn), q_s.index(turn))
-        for member in range(GROUP):
-            hv = h * GROUP + member
+        for member in range(GROUP * NV):
+            hv = h * GROUP + member // NV
+            v0 = member % NV * 128
             row = chunk * HV + hv
             vector = members & 1
             free = (members & 1) ^ 1
@@ -90,13 +95,13 @@ def _load(
                 mbarrier.expect(ready, 2 * NBYTES)
                 s_tile = tiles.index(4 + 2 * half)._reinterpret(dtype, [1, 64, 128], three)
                 ds_tile = tiles.index(5 + 2 * half)._reinterpret(dtype, [1, 64, 128], three)
-                tma.async_copy_global_to_shared(states, [row, half * 64, 0], ready, s_tile)
-                tma.async_copy_global_to_shared(dstates, [row, half * 64, 0], ready, ds_tile)
+                tma.async_copy_global_to_shared(states, [row, v0 + half * 64, 0], ready, s_tile)
+                tma.async_copy_global_to_shared(dstates, [row, v0 + half * 64, 0], ready, ds_tile)
             ready = full.index(0)
             mbarrier.expect(ready, 3 * NBYTES + VECTORS)
-            tma.async_copy_global_to_shared(written, [row, 0, 0], ready, n_tile)
-            tma.async_copy_global_to_shared(do, [b, hv, token, 0], ready, do_tile)
-            tma.async_copy_global_to_shared(X, [b, hv, token, 0], ready, x_tile)
+            tma.async_copy_global_to_shared(written, [row, v0, 0], ready, n_tile)
+            tma.async_copy_global_to_shared(do, [b, hv, token, v0], ready, do_tile)
+            tma.async_copy_global_to_shared(X, [b, h * (GROUP * NV) + member, token, 0], ready, x_tile)
             tma.async_copy_global_to_shared(sums, [row, 0], ready, c_s.index(vector))
             tma.async_copy_global_to_shared(from_start, [row, 0], ready, g_s.index(vector))
             tma.async_copy_global_to_shared(to_end, [row, 0], ready, d_s.index(vector))
@@ -104,7 +109,7 @@ def _load(
             ready = full.index(1)
             mbarrier.wait(empty.index(2), free)
             mbarrier.expect(ready, NBYTES)
-            tma.async_copy_global_to_shared(v, [b, hv, token, 0], ready, v_tile)
+            tma.async_copy_global_to_shared(v, [b, hv, token, v0], ready, v_tile)
             members += 1
         number += 1  # noqa: SIM113, Gluon has no enumerate
 
@@ -129,7 +134,9 @@ def _column(x, columns, i: gl.constexpr):
 
 
 @gluon.jit
-def _gates(dg, dbeta, sums_s, summed, gated, items, programs, T, NT, H: gl.constexpr, HV: gl.constexpr):
+def _gates(
+    dg, dbeta, sums_s, summed, gated, items, programs, T, NT, H: gl.constexpr, HV: gl.constexpr, NV: gl.constexpr
+):  # fmt: skip
     """Every gate of a chunk reaches what the tokens after it read and write, and the state after the chunk."""
     C: gl.constexpr = 64
     GROUP: gl.constexpr = HV // H
@@ -143,20 +150,25 @@ def _gates(dg, dbeta, sums_s, summed, gated, items, programs, T, NT, H: gl.const
         b = chunk // NT
         token = chunk % NT * C
         real = rows < T - token
-        for member in range(GROUP):
-            turn = members & 1
-            mbarrier.wait(summed.index(turn), members >> 1 & 1)
-            sums = sums_s.index(2 * turn).load(four) + sums_s.index(2 * turn + 1).load(four)
-            of_gate = gl.convert_layout(_column(sums, columns, 0), plain, assert_trivial=True)
-            ended = gl.convert_layout(_column(sums, columns, 1), plain, assert_trivial=True)
-            of_beta = gl.convert_layout(_column(sums, columns, 2), plain, assert_trivial=True)
-            of_gate, ended, of_beta = _together(of_gate, ended, of_beta)
-            mbarrier.arrive(gated.index(turn), count=1)
-            after = gl.associative_scan(gl.where(real, of_gate, 0.0), 0, add, reverse=True) + gl.sum(ended, 0)
-            at = ((b * T + token).to(gl.int64) + rows) * HV + item % H * GROUP + member
-            gl.store(dg + at, after.to(dg.dtype.element_ty), mask=real)
-            gl.store(dbeta + at, of_beta.to(dbeta.dtype.element_ty), mask=real)
-            members += 1
+        for head in range(GROUP):
+            dg_c = gl.zeros([C], gl.float32, plain)
+            dbeta_c = gl.zeros([C], gl.float32, plain)
+            for member in range(NV):
+                turn = members & 1
+                mbarrier.wait(summed.index(turn), members >> 1 & 1)
+                sums = sums_s.index(2 * turn).load(four) + sums_s.index(2 * turn + 1).load(four)
+                of_gate = gl.convert_layout(_column(sums, columns, 0), plain, assert_trivial=True)
+                ended = gl.convert_layout(_column(sums, columns, 1), plain, assert_trivial=True)
+                of_beta = gl.convert_layout(_column(sums, columns, 2), plain, assert_trivial=True)
+                of_gate, ended, of_beta = _together(of_gate, ended, of_beta)
+                mbarrier.arrive(gated.index(turn), count=1)
+                after = gl.associative_scan(gl.where(real, of_gate, 0.0), 0, add, reverse=True) + gl.sum(ended, 0)
+                dg_c = gl.where(member > 0, dg_c + after, after)
+                dbeta_c = gl.where(member > 0, dbeta_c + of_beta, of_beta)
+                members += 1
+            at = ((b * T + token).to(gl.int64) + rows) * HV + item % H * GROUP + head
+            gl.store(dg + at, dg_c.to(dg.dtype.element_ty), mask=real)
+            gl.store(dbeta + at, dbeta_c.to(dbeta.dtype.element_ty), mask=real)
 
 
 @gluon.jit
@@ -176,6 +188,7 @@ def _compute(
     NT,
     H: gl.constexpr,
     HV: gl.constexpr,
+    NV: gl.constexpr,
     part: gl.constexpr,
 ):
     dq, dk, dv = outs
@@ -210,8 +223,7 @@ def _compute(
         mbarrier.wait(qk_full.index(turn), number >> 1 & 1)
         dq_ck = gl.zeros([C, 64], gl.float32, OF_C)
         dk_ck = gl.zeros([C, 64], gl.float32, OF_C)
-        for member in range(GROUP):
-            hv = h * GROUP + member
+        for member in range(GROUP * NV):
             vector = members & 1
             phase = members & 1
             # Hidden from the compiler, which would keep all addresses made of it in registers from member to member.
@@ -271,7 +283,8 @@ def _compute(
                 mbarrier.arrive(empty.index(half), count=1)
             mbarrier.wait(exchanged, phase)
             if part == 1:
-                tma.async_copy_shared_to_global(dv, [b, hv, token, 0], v_cv._reinterpret(dtype, [1, 1, 64, 128], four))
+                dv_tile = v_cv._reinterpret(dtype, [1, 1, 64, 128], four)
+                tma.async_copy_shared_to_global(dv, [b, h * (GROUP * NV) + member, token, 0], dv_tile)
             grown_c = g_s.index(vector).reshape([C]).load(row_c)
             decay_c = d_s.index(vector).reshape([C]).load(row_c)
             whole = gl.sum(g_s.index(vector).reshape([C]).slice(C - 1, 1).load(row_c), 0)
@@ -342,13 +355,15 @@ def hopper_gradient_kernel(
     programs,
     H: gl.constexpr,
     HV: gl.constexpr,
+    V: gl.constexpr,
     TO_COMPUTE: gl.constexpr,
     TO_HELP: gl.constexpr,
 ):
-    """``X`` and ``dv`` are the same memory."""
+    """``X`` and ``dv`` are the same memory, ``[B, T, HV * NV, 128]``: a head of each member."""
     dtype: gl.constexpr = k.dtype
     two: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    NV: gl.constexpr = V // 128
     NT = (T + 63) // 64
     tiles = gl.allocate_shared_memory(dtype, [8, 64, 128], two)
     q_s = gl.allocate_shared_memory(dtype, [2] + q.block_type.shape, q.layout)
@@ -391,15 +406,18 @@ def hopper_gradient_kernel(
             (
                 _compute,
                 (outs, tiles, q_s, k_s, squares, vectors, sums_s, barriers, items, programs, scale, score_scale,
-                 NT, H, HV, 0),
+                 NT, H, HV, NV, 0),
             ),
             (
                 _compute,
                 (outs, tiles, q_s, k_s, squares, vectors, sums_s, barriers, items, programs, scale, score_scale,
-                 NT, H, HV, 1),
+                 NT, H, HV, NV, 1),
             ),
-            (_load, (tensors, tiles, q_s, k_s, vectors, full, empty, qk_full, qk_empty, items, programs, NT, H, HV)),
-            (_gates, (dg, dbeta, sums_s, summed, gated, items, programs, T, NT, H, HV)),
+            (
+                _load,
+                (tensors, tiles, q_s, k_s, vectors, full, empty, qk_full, qk_empty, items, programs, NT, H, HV, NV),
+            ),
+            (_gates, (dg, dbeta, sums_s, summed, gated, items, programs, T, NT, H, HV, NV)),
         ],
         [4, 1, 1],
         [TO_COMPUTE, TO_HELP, TO_HELP],
@@ -412,13 +430,14 @@ def gradients(
 ) -> None:  # fmt: skip
     """``dg, dbeta [B, T, HV]``, contiguous, as are dq, dk, dv; ``dv`` holds X before."""
     B, T, H, _ = q.shape
-    HV = v.shape[2]
+    HV, V = v.shape[2:]
+    of_members = heads(dv.view(B, T, -1, SIZE), SIZE)
     items = B * triton.cdiv(T, CHUNK) * H
     programs = min(items, chip_of(q).multiprocessors)
     hopper_gradient_kernel[(programs,)](
         heads(q, SIZE), heads(k, SIZE), heads(v, SIZE), heads(do, SIZE), matrices(states, 64, SIZE),
-        matrices(dstates, 64, SIZE), matrices(written, SIZE, CHUNK), heads(dv, SIZE), rows_of(x.c_sum, 1),
+        matrices(dstates, 64, SIZE), matrices(written, SIZE, CHUNK), of_members, rows_of(x.c_sum, 1),
         rows_of(x.from_start, 1), rows_of(x.to_end, 1), rows_of(x.beta, 1), heads(dq, SIZE), heads(dk, SIZE),
-        heads(dv, SIZE), dg, dbeta, scale, math.log2(scale), T, items, programs, H=H, HV=HV,
+        of_members, dg, dbeta, scale, math.log2(scale), T, items, programs, H=H, HV=HV, V=V,
         TO_COMPUTE=REGISTERS_TO_COMPUTE, TO_HELP=REGISTERS_TO_HELP, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
