@@ -21,13 +21,15 @@ from gdn_ops.kernels import hopper
 from gdn_ops.kernels.batch_invariance import batch_invariant
 from gdn_ops.kernels.hopper import gradients as gradients_module
 from gdn_ops.kernels.hopper import invert as invert_module
+from gdn_ops.kernels.hopper import narrow_scan as narrow_module
 from gdn_ops.kernels.hopper import scan as scan_module
 from gdn_ops.kernels.hopper.both_ways import hopper_both_ways_kernel
-from gdn_ops.kernels.triton.chip import CHIPS
+from gdn_ops.kernels.triton.chip import CHIPS, as_if_on
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
 from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
 from gdn_ops.kernels.triton.intra_chunk import STRETCH, intra_chunk
 from gdn_ops.kernels.triton.launch import traced
+from gdn_ops.kernels.triton.segments import segment_length
 from tests.kernels.roles import roles_kernel
 from tests.kernels.triton_rule import arguments_of, check_chunk, chunk, forward, scale_of
 from tests.oracle import assert_all_close, assert_close, cotangents, expected, make_inputs, on_hopper
@@ -95,10 +97,13 @@ def with_states(types: dict, constants: dict, names: tuple[str, ...], given: boo
 
 
 @pytest.mark.parametrize("element, K, V, state", KINDS)
-def test_the_scan_compiles_and_fits(tmp_path, element, K, V, state):
-    constants = {"H": 2, "HV": 4, "K": K, "V": V, "STAGES": scan_module.STAGES, **ROLES}
+def test_the_scans_compile_and_fit(tmp_path, element, K, V, state):
+    constants = {"H": 2, "HV": 4, "K": K, "V": V, "STAGES": scan_module.STAGES}
     types, constants = with_states(tiles_of(element), constants, ("initial_state", "final_state"), state)
-    check_built(built(tmp_path, scan_module.hopper_scan_kernel, types, constants, scan_module.REGISTERS))
+    check_built(built(tmp_path, scan_module.hopper_scan_kernel, types, constants | ROLES, scan_module.REGISTERS))
+    module = narrow_module
+    constants |= {"TO_READ": module.REGISTERS_TO_READ, "TO_LOAD": module.REGISTERS_TO_LOAD}
+    check_built(built(tmp_path, module.hopper_narrow_scan_kernel, types, constants, module.REGISTERS))
 
 
 @pytest.mark.parametrize("element, K, V, state", KINDS)
@@ -203,7 +208,28 @@ def test_roles_alone_compile(tmp_path):
 
 def test_only_a_hopper_gpu_serves():
     x = make_inputs(1, 130, 1, 2, 128, 128, torch.bfloat16)
-    assert not hopper.serves(x["q"], x["k"], x["v"], 0.1, chunk_table(1, 130, None, None))
+    assert not hopper.serves(x["q"], x["k"], x["v"], 0.1, None)
+
+
+@pytest.mark.parametrize(
+    "B, HV, V, segment, room",
+    [
+        (1, 32, 128, None, True),
+        (1, 66, 128, None, True),
+        (1, 33, 256, None, True),
+        (1, 67, 128, None, False),
+        (4, 32, 128, None, False),
+        (1, 16, 128, 32, True),  # four segments, on the 132 multiprocessors of the chip
+        (1, 8, 128, 16, True),
+        (2, 4, 128, 16, True),
+    ],
+)
+def test_which_scan_takes_a_call(B, HV, V, segment, room):
+    q = torch.empty(B, 8192, 2, 128, dtype=torch.bfloat16, device="meta")
+    v = torch.empty(B, 8192, HV, V, dtype=torch.bfloat16, device="meta")
+    with as_if_on(CHIPS["sm_90"]):
+        assert segment_length(q, v, None, columns=hopper.NARROW) == segment
+        assert hopper.has_room(q, v, chunk_table(B, 8192, None, segment)) == room
 
 
 @pytest.mark.parametrize(
@@ -242,27 +268,28 @@ def test_graphs_are_not_made_of_these_kernels(monkeypatch):
     asked = []
     monkeypatch.setattr(hopper, "is_for", lambda x: True)
     monkeypatch.setattr(hopper, "_is_copied", lambda x: (asked.append(x), True)[1])
-    table = chunk_table(1, 130, None, None)
     q, k, v, do = torch.empty(4, 1, 130, 2, 128, dtype=torch.bfloat16, device="meta")
     with traced():
-        assert not hopper.serves(q, k, v, 0.1, table)
-        assert not hopper.serves_gradients(q, k, v, do, 0.1, table)
+        assert not hopper.serves(q, k, v, 0.1, None)
+        assert not hopper.serves_gradients(q, k, v, do, 0.1, None)
     assert not asked
-    assert hopper.serves_gradients(q, k, v, do, 0.1, table)
+    assert hopper.serves_gradients(q, k, v, do, 0.1, None)
     assert len(asked) == 4
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Every start of the kernel."""
-    made = []
-    original = scan_module.scan
+@pytest.fixture(params=[narrow_module, scan_module], ids=["narrow", "wide"])
+def calls(monkeypatch, request):
+    """Every start of one of the two scans, which has all calls."""
+    made, module = [], request.param
+    name = module.__name__.rpartition(".")[2]
+    original = getattr(module, name)
 
     def scan(*args, **kwargs):
         made.append(args)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(scan_module, "scan", scan)
+    monkeypatch.setattr(module, name, scan)
+    monkeypatch.setattr(hopper, "has_room", lambda *args: module is narrow_module)
     return made
 
 
@@ -323,6 +350,20 @@ def test_agrees_with_its_twin(calls, monkeypatch):
     for name in here:
         assert_close(here[name], there[name], 5e-4, name)
         assert_close(compiled[name], there[name], 5e-4, name)
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize(
+    "B, T, H, HV, K, V", [(2, 1000, 2, 4, 128, 128), (1, 4100, 1, 2, 96, 200), (1, 70, 1, 1, 72, 72)]
+)
+def test_both_scans_give_the_same_bits(monkeypatch, B, T, H, HV, K, V):
+    x = make_inputs(B, T, H, HV, K, V, torch.bfloat16, "cuda", initial_state=True)
+    got = []
+    for narrow in (True, False):
+        monkeypatch.setattr(hopper, "has_room", lambda *args, narrow=narrow: narrow)
+        got.append(forward(x))
+    assert all(torch.equal(got[0][name], got[1][name]) for name in got[0])
 
 
 @gpu

@@ -19,6 +19,8 @@ from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.launch import is_traced
 
+# Columns of values that a program of the narrow scan takes; the other one takes twice as many.
+NARROW = 64
 # Tokens times heads from which on a call is left whole: the GPU then takes some .1 ms forward and .3 ms backward, by
 # which time a host should have started the kernels that follow. An estimate.
 TOKENS_TO_PAY = 1 << 16
@@ -59,13 +61,15 @@ def _fits(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, gradients: bool = Fal
     )
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, gradients: bool = False) -> bool:
+def serves(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, gradients: bool = False
+) -> bool:  # fmt: skip
     """Whether the kernels here may take the place of the portable ones, outside compilers."""
     return (
         not is_traced()
-        and _fits(q, v, table.cu_seqlens, gradients)
+        and _fits(q, v, cu_seqlens, gradients)
         and scale > 0
-        and table.chunks * v.shape[2] * CHUNK < 2**31
+        and v.shape[0] * triton.cdiv(v.shape[1], CHUNK) * v.shape[2] * CHUNK < 2**31
         and all(map(_is_copied, (q, k, v)))
     )
 
@@ -86,6 +90,13 @@ def serves_whole(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, gradients: boo
     )
 
 
-def serves_gradients(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float, table: ChunkTable) -> bool:
+def serves_gradients(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float, cu_seqlens: Tensor | None
+) -> bool:  # fmt: skip
     """Whether ``hopper.gradients`` may: its tiles have 128 columns of values."""
-    return serves(q, k, v, scale, table, gradients=True) and _is_copied(do)
+    return serves(q, k, v, scale, cu_seqlens, gradients=True) and _is_copied(do)
+
+
+def has_room(q: Tensor, v: Tensor, table: ChunkTable) -> bool:
+    """Whether all programs of the narrow scan run at once: then the time of one is what counts, else that of all."""
+    return table.segments * v.shape[2] * triton.cdiv(v.shape[3], NARROW) <= chip_of(q).multiprocessors

@@ -63,7 +63,8 @@ STAGES = 3
 
 
 @gluon.jit
-def _load(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr):
+def load(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr, PARTS: gl.constexpr):
+    """``PARTS`` tiles of values a chunk."""
     q, k, v, transition, sums, from_start, to_end = tensors
     q_s, k_s, v_s, t_s, c_s, g_s, d_s = tiles
     C: gl.constexpr = k.block_type.shape[2]
@@ -72,7 +73,7 @@ def _load(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: g
     BYTES: gl.constexpr = (
         q.block_type.nbytes
         + k.block_type.nbytes
-        + 2 * v.block_type.nbytes
+        + PARTS * v.block_type.nbytes
         + transition.block_type.nbytes
         + sums.block_type.nbytes
         + from_start.block_type.nbytes
@@ -90,8 +91,9 @@ def _load(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: g
         tma.async_copy_global_to_shared(q, [b, h, token, 0], ready, q_s.index(stage))
         tma.async_copy_global_to_shared(sums, [row, 0], ready, c_s.index(stage))
         tma.async_copy_global_to_shared(transition, [row * C, 0], ready, t_s.index(stage))
-        tma.async_copy_global_to_shared(v, [b, hv, token, v0], ready, v_s.index(2 * stage))
-        tma.async_copy_global_to_shared(v, [b, hv, token, v0 + BV], ready, v_s.index(2 * stage + 1))
+        for part in gl.static_range(PARTS):
+            at = v_s.index(PARTS * stage + part)
+            tma.async_copy_global_to_shared(v, [b, hv, token, v0 + part * BV], ready, at)
         tma.async_copy_global_to_shared(from_start, [row, 0], ready, g_s.index(stage))
         tma.async_copy_global_to_shared(to_end, [row, 0], ready, d_s.index(stage))
         row += HV
@@ -266,7 +268,7 @@ def hopper_scan_kernel(
         [
             (_compute, (o, states, scales, place, tiles, p_s, o_s, full, empty, scored, HV, K, V, 0)),
             (_compute, (o, states, scales, place, tiles, p_s, o_s, full, empty, scored, HV, K, V, 1)),
-            (_load, (tensors, tiles, full, empty, b, first * C, hv // (HV // H), hv, v0, b * NT + first, chunks, HV)),
+            (load, (tensors, tiles, full, empty, b, first * C, hv // (HV // H), hv, v0, b * NT + first, chunks, HV, 2)),
         ],
         [4, 1],
         [TO_COMPUTE, TO_LOAD],

@@ -600,7 +600,7 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
             dS.zero_() if dfinal_state is None else dS.copy_(dfinal_state)
         return *(torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v, g, beta)), dS
     table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2))
-    on_hopper = hopper.serves_gradients(q, k, v, do, scale, table)
+    on_hopper = hopper.serves_gradients(q, k, v, do, scale, cu_seqlens)
     leave = None if initial_state is None else dS
     before, after = initial_state, dfinal_state
     map_back, run = reverse_maps, scan_both_ways

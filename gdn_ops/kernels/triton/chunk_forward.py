@@ -339,12 +339,15 @@ def chunk_forward(
         if output_final_state:
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
     else:
-        table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens))
-        on_hopper = hopper.serves(q, k, v, scale, table)
+        on_hopper = hopper.serves(q, k, v, scale, cu_seqlens)
+        columns = hopper.NARROW if on_hopper else None
+        table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, columns=columns))
         if on_hopper:  # loaded where they serve: another version of Triton may not have what they need
             from gdn_ops.kernels.hopper.invert import invert
-            from gdn_ops.kernels.hopper.scan import scan as run
+            from gdn_ops.kernels.hopper.narrow_scan import narrow_scan
+            from gdn_ops.kernels.hopper.scan import scan as wide_scan
 
+            run = narrow_scan if hopper.has_room(q, v, table) else wide_scan
             x = invert(k, g, beta, table)
         else:
             run, x = scan, intra_chunk(q, k, g, beta, table, scale)

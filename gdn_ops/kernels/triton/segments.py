@@ -39,9 +39,12 @@ SHORTEST = 8  # chunks: combine_kernel takes as long for a segment as a scan for
 FEWEST = 3  # segments: two take as long as one, with their maps
 
 
-def segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, ways: int = 1, at_once: int = 1) -> int | None:
-    """Chunks a segment, so that the programs of a scan fill the chip once, ``at_once`` on a multiprocessor; None where
-    whole sequences do, of which ``ways`` scans run at the same time.
+def segment_length(
+    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, ways: int = 1, at_once: int = 1, columns: int | None = None
+) -> int | None:
+    """Chunks a segment, so that the programs of a scan, of ``columns`` of values (None: those of the portable scan),
+    fill the chip once, ``at_once`` on a multiprocessor; None where whole sequences do, of which ``ways`` scans run at
+    the same time.
 
     Under a compiler, T or the number of sequences may be a symbol: an unknown length is cut every 32 chunks, and an
     unknown number of sequences is taken to be large. Taken from these times of an H100 (``K = V = 128``, bf16): of a
@@ -54,8 +57,8 @@ def segment_length(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, ways: int = 
     widest = WIDEST if chip.shared_memory > 98304 else WIDEST // 2
     if is_batch_invariant() or widest < K or not isinstance(N, int):
         return None
-    tile = 128 if chip.large and q.element_size() == 2 else 32
-    parts = at_once * chip.multiprocessors // (N * HV * triton.cdiv(V, tile) * ways)
+    columns = columns or (128 if chip.large and q.element_size() == 2 else 32)
+    parts = at_once * chip.multiprocessors // (N * HV * triton.cdiv(V, columns) * ways)
     if parts < FEWEST:
         return None
     if not isinstance(T, int):

@@ -1,0 +1,281 @@
+"""The scan on Hopper where all of its programs run at once (``hopper.has_room``), so that the time of one counts.
+
+A program of ``scan.py`` has two chains of products, each with its outputs between them. One of these has half of the
+values, and the chain to itself:
+
+- **a loader**, the one of ``scan.py``.
+- **a writer**, one warpgroup, has the products from state to state and nothing else. The state is transposed, so that
+  their left operands are registers::
+
+      W^T = V^T T^T                                       a chunk ahead: nothing of it waits for the state
+      V'^T = W^T - (exp(c) * (S^T K^T)) T^T
+      S^T <- exp(c_C) S^T + (exp(c_C - c) * V'^T) K
+
+- **two readers**, a warpgroup each, have every other chunk. They make its scores before the state is known, and take
+  the state and V' from shared memory, where the writer leaves both while its next product runs::
+
+      O = scale * exp(c) * (Q S) + P V'                   P = scale (Q K^T) * D
+
+The numbers are those of ``scan.py``, bit by bit. docs/kernels.md says what each is worth where.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from gdn_ops.kernels.hopper import NARROW
+from gdn_ops.kernels.hopper.scan import STAGES, load
+from gdn_ops.kernels.hopper.tiles import (
+    ALONG_C,
+    BK,
+    LEFT_C,
+    LEFT_K,
+    OF_C,
+    OF_K,
+    decays,
+    heads,
+    last_of,
+    likeness,
+    rows_of,
+    state_tile,
+)
+from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
+from gdn_ops.kernels.triton.intra_chunk import STRETCH, IntraChunk
+
+# Of four warpgroups, one of them for the loader; the writer has what the others leave.
+REGISTERS, REGISTERS_TO_READ, REGISTERS_TO_LOAD = 128, 144, 24
+
+
+@gluon.jit
+def _stage(number, STAGES: gl.constexpr):
+    """Where a program's chunk of that number is, and the phase of the barriers there."""
+    return number % STAGES, number // STAGES & 1
+
+
+@gluon.jit
+def _values(tiles, stage):
+    """Starts ``V^T T^T``."""
+    v_s = tiles[2]
+    C: gl.constexpr = v_s.shape[3]
+    BV: gl.constexpr = v_s.shape[4]
+    none = gl.zeros([BV, C], gl.float32, OF_C)
+    v_vc = v_s.index(stage).reshape([C, BV]).permute((1, 0))
+    return warpgroup_mma(v_vc, tiles[3].index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _write(states, place, tiles, kept, barriers, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr):
+    initial_state, final_state = states
+    b, _, hv, v0, segment, last, chunks = place
+    _, k_s, v_s, t_s, _, g_s, d_s = tiles
+    s_s, n_s = kept
+    full, empty, known, written, free = barriers
+    STAGES: gl.constexpr = k_s.shape[0]
+    C: gl.constexpr = k_s.shape[3]
+    BK: gl.constexpr = k_s.shape[4]
+    BV: gl.constexpr = v_s.shape[4]
+    dtype: gl.constexpr = k_s.dtype
+
+    none = gl.zeros([BV, C], gl.float32, OF_C)
+    if initial_state is None:
+        S_vk = gl.zeros([BV, BK], gl.float32, OF_K)
+    else:
+        at = initial_state + (segment * HV + hv).to(gl.int64) * (K * V)
+        offsets, mask = state_tile(v0, K, V, BK, BV)
+        S_vk = gl.load(at + offsets, mask=mask, other=0.0).to(gl.float32)
+    mbarrier.wait(full.index(0), 0)
+    w_vc = _values(tiles, 0)
+    before = 0
+    for i in range(chunks):
+        stage = i % STAGES
+        turn = i & 1
+        k_ck = k_s.index(stage).reshape([C, BK])
+        t_jc = t_s.index(stage).permute((1, 0))
+        low_vk = S_vk.to(dtype)
+        stored_vc = warpgroup_mma(
+            gl.convert_layout(low_vk, LEFT_C), k_ck.permute((1, 0)), none, use_acc=False, is_async=True
+        )
+        grown_c = g_s.index(stage).reshape([C]).load(ALONG_C)
+        decay_c = d_s.index(stage).reshape([C]).load(ALONG_C)
+        # What follows, to the next wait for a product, takes place while this one runs.
+        mbarrier.wait(free.index(turn), (i >> 1 & 1) ^ 1)
+        whole = last_of(g_s.index(stage))
+        s_s.index(turn).store(low_vk)
+        fence_async_shared()
+        mbarrier.arrive(known.index(turn), count=1)
+        mbarrier.arrive(empty.index(before), count=1, pred=i > 0)
+        S_vk = S_vk * whole
+        stored_vc, w_vc = warpgroup_mma_wait(0, deps=(stored_vc, w_vc))
+        erased_vc = gl.convert_layout((stored_vc * -grown_c[None, :]).to(dtype), LEFT_C)
+        new_vc = warpgroup_mma(erased_vc, t_jc, w_vc, is_async=True)
+        new_vc = warpgroup_mma_wait(0, deps=(new_vc,))
+        decayed_vc = gl.convert_layout((new_vc * decay_c[None, :]).to(dtype), LEFT_K)
+        S_vk = warpgroup_mma(decayed_vc, k_ck, S_vk, is_async=True)
+        n_s.index(turn).store(new_vc.to(dtype))
+        fence_async_shared()
+        mbarrier.arrive(written.index(turn), count=1)
+        ahead, phase = _stage(i + 1, STAGES)
+        mbarrier.wait(full.index(ahead), phase, pred=i + 1 < chunks)
+        w_vc = _values(tiles, ahead)
+        S_vk = warpgroup_mma_wait(1, deps=(S_vk,))
+        before = stage
+    warpgroup_mma_wait(0, deps=(w_vc,))
+    if final_state is not None:  # noqa: SIM102, decided when it is compiled
+        if last:
+            at = final_state + (b * HV + hv).to(gl.int64) * (K * V)
+            offsets, mask = state_tile(v0, K, V, BK, BV)
+            gl.store(at + offsets, S_vk, mask=mask)
+
+
+@gluon.jit
+def _read(o, scales, place, tiles, kept, o_s, barriers, part: gl.constexpr):
+    scale, score_scale = scales
+    b, begin, hv, v0, _, _, chunks = place
+    q_s, k_s, v_s, _, c_s, g_s, _ = tiles
+    s_s, n_s = kept
+    full, empty, known, written, free = barriers
+    STAGES: gl.constexpr = k_s.shape[0]
+    C: gl.constexpr = k_s.shape[3]
+    BK: gl.constexpr = k_s.shape[4]
+    BV: gl.constexpr = v_s.shape[4]
+    dtype: gl.constexpr = k_s.dtype
+    row_c: gl.constexpr = gl.SliceLayout(1, OF_C)
+    none = gl.zeros([C, BV], gl.float32, OF_C)
+    lower = gl.arange(0, C, row_c)[:, None] >= gl.arange(0, C, ALONG_C)[None, :]
+    o_tile = o_s.index(part)
+    for i in range(part, chunks, 2):
+        stage, phase = _stage(i, STAGES)
+        turn = i >> 1 & 1
+        mbarrier.wait(full.index(stage), phase)
+        qk_cj = likeness(q_s, k_s, stage, 1, 0)
+        D_cj = decays(c_s, stage, score_scale, C, 1, 0)
+        grown_c = g_s.index(stage).reshape([C]).load(row_c) * scale
+        qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
+        P_cj = gl.convert_layout(gl.where(lower, qk_cj * D_cj, 0.0).to(dtype), LEFT_C)
+        mbarrier.wait(known.index(part), turn)
+        q_ck = q_s.index(stage).reshape([C, BK])
+        o_cv = warpgroup_mma(q_ck, s_s.index(part).permute((1, 0)), none, use_acc=False, is_async=True)
+        o_cv = warpgroup_mma_wait(0, deps=(o_cv,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        o_cv = o_cv * grown_c[:, None]
+        mbarrier.wait(written.index(part), turn)
+        o_cv = warpgroup_mma(P_cj, n_s.index(part).permute((1, 0)), o_cv, is_async=True)
+        tma.store_wait(0)
+        o_cv = warpgroup_mma_wait(0, deps=(o_cv,))
+        mbarrier.arrive(free.index(part), count=1)
+        o_tile.reshape([C, BV]).store(o_cv.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(o, [b, hv, begin + i * C, v0], o_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hopper_narrow_scan_kernel(
+    q,
+    k,
+    v,
+    transition,
+    sums,
+    from_start,
+    to_end,
+    o,
+    initial_state,
+    final_state,
+    scale,
+    score_scale,
+    T,
+    SEGMENT,
+    H: gl.constexpr,
+    HV: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    STAGES: gl.constexpr,
+    TO_READ: gl.constexpr,
+    TO_LOAD: gl.constexpr,
+):
+    """Arguments are those of ``hopper_scan_kernel``."""
+    C: gl.constexpr = k.block_type.shape[2]
+    BK: gl.constexpr = k.block_type.shape[3]
+    BV: gl.constexpr = v.block_type.shape[3]
+    NV: gl.constexpr = (V + BV - 1) // BV
+    program = gl.program_id(0)
+    v0 = program % NV * BV
+    hv = program // NV % HV
+    segment = program // (NV * HV)
+    NT = (T + C - 1) // C
+    parts = (NT + SEGMENT - 1) // SEGMENT
+    b = segment // parts
+    first = segment % parts * SEGMENT
+    chunks = gl.minimum(SEGMENT, NT - first)
+    last = first + chunks == NT
+
+    dtype: gl.constexpr = k.dtype
+    two: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    q_s = gl.allocate_shared_memory(dtype, [STAGES] + q.block_type.shape, q.layout)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES] + k.block_type.shape, k.layout)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES] + v.block_type.shape, v.layout)
+    t_s = gl.allocate_shared_memory(dtype, [STAGES] + transition.block_type.shape, transition.layout)
+    c_s = gl.allocate_shared_memory(gl.float32, [STAGES] + sums.block_type.shape, sums.layout)
+    g_s = gl.allocate_shared_memory(gl.float32, [STAGES] + from_start.block_type.shape, from_start.layout)
+    d_s = gl.allocate_shared_memory(gl.float32, [STAGES] + to_end.block_type.shape, to_end.layout)
+    s_s = gl.allocate_shared_memory(dtype, [2, BV, BK], two)
+    n_s = gl.allocate_shared_memory(dtype, [2, BV, C], two)
+    o_s = gl.allocate_shared_memory(dtype, [2] + o.block_type.shape, o.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    known = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    written = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)  # the writer, and the reader whose turn it is
+    for i in gl.static_range(2):
+        mbarrier.init(known.index(i), count=1)
+        mbarrier.init(written.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    fence_async_shared()
+
+    tensors = (q, k, v, transition, sums, from_start, to_end)
+    tiles = (q_s, k_s, v_s, t_s, c_s, g_s, d_s)
+    kept = (s_s, n_s)
+    barriers = (full, empty, known, written, free)
+    scales = (scale, score_scale)
+    place = (b, first * C, hv, v0, segment, last, chunks)
+    gl.warp_specialize(
+        [
+            (_write, ((initial_state, final_state), place, tiles, kept, barriers, HV, K, V)),
+            (_read, (o, scales, place, tiles, kept, o_s, barriers, 0)),
+            (_read, (o, scales, place, tiles, kept, o_s, barriers, 1)),
+            (load, (tensors, tiles, full, empty, b, first * C, hv // (HV // H), hv, v0, b * NT + first, chunks, HV, 1)),
+        ],
+        [4, 4, 1],
+        [TO_READ, TO_READ, TO_LOAD],
+    )
+
+
+def narrow_scan(
+    x: IntraChunk, q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, *,
+    o: Tensor, initial_state: Tensor | None, final_state: Tensor | None,
+) -> None:  # fmt: skip
+    """What ``chunk_forward.scan`` does, for calls that ``hopper.serves`` takes; ``x`` is ``invert``'s."""
+    T, H, K = q.shape[1:]
+    HV, V = v.shape[2:]
+    segment = table.segment or triton.cdiv(T, CHUNK)
+    hopper_narrow_scan_kernel[(table.segments * HV * triton.cdiv(V, NARROW),)](
+        heads(q, BK), heads(k, BK), heads(v, NARROW), rows_of(x.T, CHUNK), rows_of(x.c_sum, 1),
+        rows_of(x.from_start, 1), rows_of(x.to_end, 1), heads(o, NARROW), initial_state, final_state, scale,
+        math.log2(scale / STRETCH), T, segment, H=H, HV=HV, K=K, V=V, STAGES=STAGES, TO_READ=REGISTERS_TO_READ,
+        TO_LOAD=REGISTERS_TO_LOAD, num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
