@@ -3,7 +3,7 @@
 A program of ``scan.py`` has two chains of products, each with its outputs between them. One of these has half of the
 values, and the chain to itself:
 
-- **a loader**, the one of ``scan.py``.
+- **a loader**, one warp, keeps ``STAGES`` chunks of tiles in flight by the copy engine (TMA).
 - **a writer**, one warpgroup, has the products from state to state and nothing else. The state is transposed, so that
   their left operands are registers::
 
@@ -36,7 +36,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from gdn_ops.kernels.hopper import NARROW
-from gdn_ops.kernels.hopper.scan import STAGES, load
 from gdn_ops.kernels.hopper.tiles import (
     ALONG_C,
     BK,
@@ -51,17 +50,69 @@ from gdn_ops.kernels.hopper.tiles import (
     rows_of,
     state_tile,
 )
+from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.intra_chunk import STRETCH, IntraChunk
 
+STAGES = 3
 # Of four warpgroups, one of them for the loader; the writer has what the others leave.
 REGISTERS, REGISTERS_TO_READ, REGISTERS_TO_LOAD = 128, 144, 24
 
 
 @gluon.jit
+def _place(item, T, SEGMENT, HV: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BV: gl.constexpr):
+    """Row of the batch, value head and first column of an item, the first chunk and the number of chunks; then the
+    segment, counted over all sequences, and the chunks of a sequence."""
+    NV: gl.constexpr = (V + BV - 1) // BV
+    segment = item // (NV * HV)
+    NT = (T + C - 1) // C
+    parts = (NT + SEGMENT - 1) // SEGMENT
+    first = segment % parts * SEGMENT
+    return segment // parts, item // NV % HV, item % NV * BV, first, gl.minimum(SEGMENT, NT - first), segment, NT
+
+
+@gluon.jit
 def _stage(number, STAGES: gl.constexpr):
-    """Where a program's chunk of that number is, and the phase of the barriers there."""
+    """Where the ``number``-th chunk of a program is, and the phase of the barriers there."""
     return number % STAGES, number // STAGES & 1
+
+
+@gluon.jit
+def _load(tensors, tiles, full, empty, work, H: gl.constexpr, HV: gl.constexpr, V: gl.constexpr):
+    q, k, v, transition, sums, from_start, to_end = tensors
+    q_s, k_s, v_s, t_s, c_s, g_s, d_s = tiles
+    items, programs, T, SEGMENT = work
+    C: gl.constexpr = k.block_type.shape[2]
+    BV: gl.constexpr = v.block_type.shape[3]
+    STAGES: gl.constexpr = k_s.shape[0]
+    BYTES: gl.constexpr = (
+        q.block_type.nbytes
+        + k.block_type.nbytes
+        + v.block_type.nbytes
+        + transition.block_type.nbytes
+        + sums.block_type.nbytes
+        + from_start.block_type.nbytes
+        + to_end.block_type.nbytes
+    )
+    before = 0
+    for item in range(gl.program_id(0), items, programs):
+        b, hv, v0, first, chunks, _segment, NT = _place(item, T, SEGMENT, HV, V, C, BV)
+        h = hv // (HV // H)
+        for i in range(chunks):
+            stage, phase = _stage(before + i, STAGES)
+            row = (b * NT + first + i) * HV + hv
+            token = (first + i) * C
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, BYTES)
+            tma.async_copy_global_to_shared(k, [b, h, token, 0], ready, k_s.index(stage))
+            tma.async_copy_global_to_shared(v, [b, hv, token, v0], ready, v_s.index(stage))
+            tma.async_copy_global_to_shared(transition, [row * C, 0], ready, t_s.index(stage))
+            tma.async_copy_global_to_shared(from_start, [row, 0], ready, g_s.index(stage))
+            tma.async_copy_global_to_shared(to_end, [row, 0], ready, d_s.index(stage))
+            tma.async_copy_global_to_shared(sums, [row, 0], ready, c_s.index(stage))
+            tma.async_copy_global_to_shared(q, [b, h, token, 0], ready, q_s.index(stage))
+        before += chunks
 
 
 @gluon.jit
@@ -76,12 +127,12 @@ def _values(tiles, stage):
 
 
 @gluon.jit
-def _write(states, place, tiles, kept, barriers, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr):
+def _write(states, tiles, kept, barriers, work, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr):
     initial_state, final_state = states
-    b, _, hv, v0, segment, last, chunks = place
     _, k_s, v_s, t_s, _, g_s, d_s = tiles
     s_s, n_s = kept
     full, empty, known, written, free = barriers
+    items, programs, T, SEGMENT = work
     STAGES: gl.constexpr = k_s.shape[0]
     C: gl.constexpr = k_s.shape[3]
     BK: gl.constexpr = k_s.shape[4]
@@ -89,63 +140,68 @@ def _write(states, place, tiles, kept, barriers, HV: gl.constexpr, K: gl.constex
     dtype: gl.constexpr = k_s.dtype
 
     none = gl.zeros([BV, C], gl.float32, OF_C)
-    if initial_state is None:
-        S_vk = gl.zeros([BV, BK], gl.float32, OF_K)
-    else:
-        at = initial_state + (segment * HV + hv).to(gl.int64) * (K * V)
-        offsets, mask = state_tile(v0, K, V, BK, BV)
-        S_vk = gl.load(at + offsets, mask=mask, other=0.0).to(gl.float32)
+    number = 0
+    last = 0
     mbarrier.wait(full.index(0), 0)
     w_vc = _values(tiles, 0)
-    before = 0
-    for i in range(chunks):
-        stage = i % STAGES
-        turn = i & 1
-        k_ck = k_s.index(stage).reshape([C, BK])
-        t_jc = t_s.index(stage).permute((1, 0))
-        low_vk = S_vk.to(dtype)
-        stored_vc = warpgroup_mma(
-            gl.convert_layout(low_vk, LEFT_C), k_ck.permute((1, 0)), none, use_acc=False, is_async=True
-        )
-        grown_c = g_s.index(stage).reshape([C]).load(ALONG_C)
-        decay_c = d_s.index(stage).reshape([C]).load(ALONG_C)
-        # What follows, to the next wait for a product, takes place while this one runs.
-        mbarrier.wait(free.index(turn), (i >> 1 & 1) ^ 1)
-        whole = last_of(g_s.index(stage))
-        s_s.index(turn).store(low_vk)
-        fence_async_shared()
-        mbarrier.arrive(known.index(turn), count=1)
-        mbarrier.arrive(empty.index(before), count=1, pred=i > 0)
-        S_vk = S_vk * whole
-        stored_vc, w_vc = warpgroup_mma_wait(0, deps=(stored_vc, w_vc))
-        erased_vc = gl.convert_layout((stored_vc * -grown_c[None, :]).to(dtype), LEFT_C)
-        new_vc = warpgroup_mma(erased_vc, t_jc, w_vc, is_async=True)
-        new_vc = warpgroup_mma_wait(0, deps=(new_vc,))
-        decayed_vc = gl.convert_layout((new_vc * decay_c[None, :]).to(dtype), LEFT_K)
-        S_vk = warpgroup_mma(decayed_vc, k_ck, S_vk, is_async=True)
-        n_s.index(turn).store(new_vc.to(dtype))
-        fence_async_shared()
-        mbarrier.arrive(written.index(turn), count=1)
-        ahead, phase = _stage(i + 1, STAGES)
-        mbarrier.wait(full.index(ahead), phase, pred=i + 1 < chunks)
-        w_vc = _values(tiles, ahead)
-        S_vk = warpgroup_mma_wait(1, deps=(S_vk,))
-        before = stage
-    warpgroup_mma_wait(0, deps=(w_vc,))
-    if final_state is not None:  # noqa: SIM102, decided when it is compiled
-        if last:
-            at = final_state + (b * HV + hv).to(gl.int64) * (K * V)
+    for item in range(gl.program_id(0), items, programs):
+        b, hv, v0, first, chunks, segment, NT = _place(item, T, SEGMENT, HV, V, C, BV)
+        if initial_state is None:
+            S_vk = gl.zeros([BV, BK], gl.float32, OF_K)
+        else:
+            at = initial_state + (segment * HV + hv).to(gl.int64) * (K * V)
             offsets, mask = state_tile(v0, K, V, BK, BV)
-            gl.store(at + offsets, S_vk, mask=mask)
+            S_vk = gl.load(at + offsets, mask=mask, other=0.0).to(gl.float32)
+        for i in range(chunks):
+            stage = number % STAGES
+            turn = number & 1
+            freed = (number >> 1 & 1) ^ 1
+            k_ck = k_s.index(stage).reshape([C, BK])
+            t_jc = t_s.index(stage).permute((1, 0))
+            low_vk = S_vk.to(dtype)
+            stored_vc = warpgroup_mma(
+                gl.convert_layout(low_vk, LEFT_C), k_ck.permute((1, 0)), none, use_acc=False, is_async=True
+            )
+            grown_c = g_s.index(stage).reshape([C]).load(ALONG_C)
+            decay_c = d_s.index(stage).reshape([C]).load(ALONG_C)
+            mbarrier.wait(free.index(turn), freed)
+            whole = last_of(g_s.index(stage))
+            s_s.index(turn).store(low_vk)
+            fence_async_shared()
+            mbarrier.arrive(known.index(turn), count=1)
+            mbarrier.arrive(empty.index(last), count=1, pred=number > 0)  # here it holds up nothing
+            S_vk = S_vk * whole
+            stored_vc, w_vc = warpgroup_mma_wait(0, deps=(stored_vc, w_vc))
+            erased_vc = gl.convert_layout((stored_vc * -grown_c[None, :]).to(dtype), LEFT_C)
+            new_vc = warpgroup_mma(erased_vc, t_jc, w_vc, is_async=True)
+            new_vc = warpgroup_mma_wait(0, deps=(new_vc,))
+            decayed_vc = gl.convert_layout((new_vc * decay_c[None, :]).to(dtype), LEFT_K)
+            S_vk = warpgroup_mma(decayed_vc, k_ck, S_vk, is_async=True)
+            n_s.index(turn).store(new_vc.to(dtype))
+            fence_async_shared()
+            mbarrier.arrive(written.index(turn), count=1)
+
+            number += 1
+            ahead, phase_ahead = _stage(number, STAGES)
+            mbarrier.wait(full.index(ahead), phase_ahead, pred=(i + 1 < chunks) | (item + programs < items))
+            w_vc = _values(tiles, ahead)
+            S_vk = warpgroup_mma_wait(1, deps=(S_vk,))
+            last = stage
+        if final_state is not None:  # noqa: SIM102, decided when it is compiled
+            if first + chunks == NT:
+                at = final_state + (b * HV + hv).to(gl.int64) * (K * V)
+                offsets, mask = state_tile(v0, K, V, BK, BV)
+                gl.store(at + offsets, S_vk, mask=mask)
+    warpgroup_mma_wait(0, deps=(w_vc,))
 
 
 @gluon.jit
-def _read(o, scales, place, tiles, kept, o_s, barriers, part: gl.constexpr):
+def _read(o, scales, tiles, kept, o_s, barriers, work, HV: gl.constexpr, V: gl.constexpr, part: gl.constexpr):
     scale, score_scale = scales
-    b, begin, hv, v0, _, _, chunks = place
     q_s, k_s, v_s, _, c_s, g_s, _ = tiles
     s_s, n_s = kept
     full, empty, known, written, free = barriers
+    items, programs, T, SEGMENT = work
     STAGES: gl.constexpr = k_s.shape[0]
     C: gl.constexpr = k_s.shape[3]
     BK: gl.constexpr = k_s.shape[4]
@@ -155,29 +211,33 @@ def _read(o, scales, place, tiles, kept, o_s, barriers, part: gl.constexpr):
     none = gl.zeros([C, BV], gl.float32, OF_C)
     lower = gl.arange(0, C, row_c)[:, None] >= gl.arange(0, C, ALONG_C)[None, :]
     o_tile = o_s.index(part)
-    for i in range(part, chunks, 2):
-        stage, phase = _stage(i, STAGES)
-        turn = i >> 1 & 1
-        mbarrier.wait(full.index(stage), phase)
-        qk_cj = likeness(q_s, k_s, stage, 1, 0)
-        D_cj = decays(c_s, stage, score_scale, C, 1, 0)
-        grown_c = g_s.index(stage).reshape([C]).load(row_c) * scale
-        qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
-        P_cj = gl.convert_layout(gl.where(lower, qk_cj * D_cj, 0.0).to(dtype), LEFT_C)
-        mbarrier.wait(known.index(part), turn)
-        q_ck = q_s.index(stage).reshape([C, BK])
-        o_cv = warpgroup_mma(q_ck, s_s.index(part).permute((1, 0)), none, use_acc=False, is_async=True)
-        o_cv = warpgroup_mma_wait(0, deps=(o_cv,))
-        mbarrier.arrive(empty.index(stage), count=1)
-        o_cv = o_cv * grown_c[:, None]
-        mbarrier.wait(written.index(part), turn)
-        o_cv = warpgroup_mma(P_cj, n_s.index(part).permute((1, 0)), o_cv, is_async=True)
-        tma.store_wait(0)
-        o_cv = warpgroup_mma_wait(0, deps=(o_cv,))
-        mbarrier.arrive(free.index(part), count=1)
-        o_tile.reshape([C, BV]).store(o_cv.to(dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o, [b, hv, begin + i * C, v0], o_tile)
+    before = 0
+    for item in range(gl.program_id(0), items, programs):
+        b, hv, v0, first, chunks, _segment, _NT = _place(item, T, SEGMENT, HV, V, C, BV)
+        for i in range((before & 1) ^ part, chunks, 2):
+            stage, phase = _stage(before + i, STAGES)
+            turn = before + i >> 1 & 1
+            mbarrier.wait(full.index(stage), phase)
+            qk_cj = likeness(q_s, k_s, stage, 1, 0)
+            D_cj = decays(c_s, stage, score_scale, C, 1, 0)
+            grown_c = g_s.index(stage).reshape([C]).load(row_c) * scale
+            qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
+            P_cj = gl.convert_layout(gl.where(lower, qk_cj * D_cj, 0.0).to(dtype), LEFT_C)
+            mbarrier.wait(known.index(part), turn)
+            q_ck = q_s.index(stage).reshape([C, BK])
+            o_cv = warpgroup_mma(q_ck, s_s.index(part).permute((1, 0)), none, use_acc=False, is_async=True)
+            o_cv = warpgroup_mma_wait(0, deps=(o_cv,))
+            mbarrier.arrive(empty.index(stage), count=1)
+            o_cv = o_cv * grown_c[:, None]
+            mbarrier.wait(written.index(part), turn)
+            o_cv = warpgroup_mma(P_cj, n_s.index(part).permute((1, 0)), o_cv, is_async=True)
+            tma.store_wait(0)
+            o_cv = warpgroup_mma_wait(0, deps=(o_cv,))
+            mbarrier.arrive(free.index(part), count=1)
+            o_tile.reshape([C, BV]).store(o_cv.to(dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(o, [b, hv, (first + i) * C, v0], o_tile)
+        before += chunks
     tma.store_wait(0)
 
 
@@ -197,6 +257,8 @@ def hopper_narrow_scan_kernel(
     score_scale,
     T,
     SEGMENT,
+    items,
+    programs,
     H: gl.constexpr,
     HV: gl.constexpr,
     K: gl.constexpr,
@@ -205,22 +267,10 @@ def hopper_narrow_scan_kernel(
     TO_READ: gl.constexpr,
     TO_LOAD: gl.constexpr,
 ):
-    """Arguments are those of ``hopper_scan_kernel``."""
+    """Arguments are those of ``hopper_scan_kernel``; a program takes every ``programs``-th of the ``items``."""
     C: gl.constexpr = k.block_type.shape[2]
     BK: gl.constexpr = k.block_type.shape[3]
     BV: gl.constexpr = v.block_type.shape[3]
-    NV: gl.constexpr = (V + BV - 1) // BV
-    program = gl.program_id(0)
-    v0 = program % NV * BV
-    hv = program // NV % HV
-    segment = program // (NV * HV)
-    NT = (T + C - 1) // C
-    parts = (NT + SEGMENT - 1) // SEGMENT
-    b = segment // parts
-    first = segment % parts * SEGMENT
-    chunks = gl.minimum(SEGMENT, NT - first)
-    last = first + chunks == NT
-
     dtype: gl.constexpr = k.dtype
     two: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_s = gl.allocate_shared_memory(dtype, [STAGES] + q.block_type.shape, q.layout)
@@ -252,13 +302,13 @@ def hopper_narrow_scan_kernel(
     kept = (s_s, n_s)
     barriers = (full, empty, known, written, free)
     scales = (scale, score_scale)
-    place = (b, first * C, hv, v0, segment, last, chunks)
+    work = (items, programs, T, SEGMENT)
     gl.warp_specialize(
         [
-            (_write, ((initial_state, final_state), place, tiles, kept, barriers, HV, K, V)),
-            (_read, (o, scales, place, tiles, kept, o_s, barriers, 0)),
-            (_read, (o, scales, place, tiles, kept, o_s, barriers, 1)),
-            (load, (tensors, tiles, full, empty, b, first * C, hv // (HV // H), hv, v0, b * NT + first, chunks, HV, 1)),
+            (_write, ((initial_state, final_state), tiles, kept, barriers, work, HV, K, V)),
+            (_read, (o, scales, tiles, kept, o_s, barriers, work, HV, V, 0)),
+            (_read, (o, scales, tiles, kept, o_s, barriers, work, HV, V, 1)),
+            (_load, (tensors, tiles, full, empty, work, H, HV, V)),
         ],
         [4, 4, 1],
         [TO_READ, TO_READ, TO_LOAD],
@@ -273,9 +323,11 @@ def narrow_scan(
     T, H, K = q.shape[1:]
     HV, V = v.shape[2:]
     segment = table.segment or triton.cdiv(T, CHUNK)
-    hopper_narrow_scan_kernel[(table.segments * HV * triton.cdiv(V, NARROW),)](
+    items = table.segments * HV * triton.cdiv(V, NARROW)
+    programs = min(items, chip_of(q).multiprocessors)
+    hopper_narrow_scan_kernel[(programs,)](
         heads(q, BK), heads(k, BK), heads(v, NARROW), rows_of(x.T, CHUNK), rows_of(x.c_sum, 1),
         rows_of(x.from_start, 1), rows_of(x.to_end, 1), heads(o, NARROW), initial_state, final_state, scale,
-        math.log2(scale / STRETCH), T, segment, H=H, HV=HV, K=K, V=V, STAGES=STAGES, TO_READ=REGISTERS_TO_READ,
-        TO_LOAD=REGISTERS_TO_LOAD, num_warps=4, maxnreg=REGISTERS,
+        math.log2(scale / STRETCH), T, segment, items, programs, H=H, HV=HV, K=K, V=V, STAGES=STAGES,
+        TO_READ=REGISTERS_TO_READ, TO_LOAD=REGISTERS_TO_LOAD, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

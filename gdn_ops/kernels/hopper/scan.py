@@ -63,8 +63,7 @@ STAGES = 3
 
 
 @gluon.jit
-def load(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr, PARTS: gl.constexpr):
-    """``PARTS`` tiles of values a chunk."""
+def _load(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr):
     q, k, v, transition, sums, from_start, to_end = tensors
     q_s, k_s, v_s, t_s, c_s, g_s, d_s = tiles
     C: gl.constexpr = k.block_type.shape[2]
@@ -73,7 +72,7 @@ def load(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: gl
     BYTES: gl.constexpr = (
         q.block_type.nbytes
         + k.block_type.nbytes
-        + PARTS * v.block_type.nbytes
+        + 2 * v.block_type.nbytes
         + transition.block_type.nbytes
         + sums.block_type.nbytes
         + from_start.block_type.nbytes
@@ -91,9 +90,8 @@ def load(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: gl
         tma.async_copy_global_to_shared(q, [b, h, token, 0], ready, q_s.index(stage))
         tma.async_copy_global_to_shared(sums, [row, 0], ready, c_s.index(stage))
         tma.async_copy_global_to_shared(transition, [row * C, 0], ready, t_s.index(stage))
-        for part in gl.static_range(PARTS):
-            at = v_s.index(PARTS * stage + part)
-            tma.async_copy_global_to_shared(v, [b, hv, token, v0 + part * BV], ready, at)
+        tma.async_copy_global_to_shared(v, [b, hv, token, v0], ready, v_s.index(2 * stage))
+        tma.async_copy_global_to_shared(v, [b, hv, token, v0 + BV], ready, v_s.index(2 * stage + 1))
         tma.async_copy_global_to_shared(from_start, [row, 0], ready, g_s.index(stage))
         tma.async_copy_global_to_shared(to_end, [row, 0], ready, d_s.index(stage))
         row += HV
@@ -268,7 +266,7 @@ def hopper_scan_kernel(
         [
             (_compute, (o, states, scales, place, tiles, p_s, o_s, full, empty, scored, HV, K, V, 0)),
             (_compute, (o, states, scales, place, tiles, p_s, o_s, full, empty, scored, HV, K, V, 1)),
-            (load, (tensors, tiles, full, empty, b, first * C, hv // (HV // H), hv, v0, b * NT + first, chunks, HV, 2)),
+            (_load, (tensors, tiles, full, empty, b, first * C, hv // (HV // H), hv, v0, b * NT + first, chunks, HV)),
         ],
         [4, 1],
         [TO_COMPUTE, TO_LOAD],

@@ -1,0 +1,133 @@
+"""The kernels for Hopper on the CPU, by ``gluon_interpreter``: arithmetic, indices, barriers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+from gdn_ops.kernels import hopper
+from gdn_ops.kernels.hopper import both_ways
+from gdn_ops.kernels.hopper.narrow_scan import narrow_scan
+from gdn_ops.kernels.hopper.scan import scan as wide_scan
+from gdn_ops.kernels.triton.chunk_backward import chunk_backward
+from gdn_ops.kernels.triton.chunk_forward import chunk_forward
+from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
+from tests.kernels import gluon_interpreter
+from tests.kernels.gluon_interpreter import Barrier, interpreted, plain_invert
+from tests.kernels.triton_rule import arguments_of, scale_of
+from tests.oracle import GRADIENTS, assert_all_close, assert_close, cotangents, expected, make_inputs
+
+BF16, FP16 = torch.bfloat16, torch.float16
+SHAPES = [
+    (1, 9, 1, 2, 128, 128),
+    (1, 64, 2, 2, 128, 128),
+    (2, 65, 2, 4, 128, 128),
+    (3, 130, 1, 3, 96, 72),
+    (1, 400, 1, 1, 128, 200),
+    (1, 150, 1, 2, 80, 256),
+]
+
+
+def forward(x: dict, kernel: str, multiprocessors: int = 132) -> dict:
+    with interpreted(multiprocessors) as kernels, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hopper, "has_room", lambda *args: "narrow" in kernel)
+        result = dict(zip(("o", "final_state"), chunk_forward(*arguments_of(x), scale_of(x), True)))
+        assert [name for name, k in kernels.items() if k.started] == [kernel]
+    return result
+
+
+@pytest.mark.parametrize("B, T, H, HV, K, V", SHAPES)
+@pytest.mark.parametrize("dtype, state", [(BF16, True), (FP16, False)])
+def test_both_scans_agree_with_the_specification_and_bit_by_bit(B, T, H, HV, K, V, dtype, state):
+    x = make_inputs(B, T, H, HV, K, V, dtype, initial_state=state)
+    narrow, wide = forward(x, "hopper_narrow_scan_kernel"), forward(x, "hopper_scan_kernel")
+    assert_all_close(narrow, expected(x, scale_of(x)), dtype)
+    assert all(torch.equal(narrow[name], wide[name]) for name in narrow)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+def test_a_program_takes_one_piece_after_the_other(multiprocessors):
+    """Of three chunks: the next piece begins with another buffer, and another reader."""
+    x = make_inputs(2, 150, 1, 2, 128, 128, BF16, initial_state=True)
+    want = forward(x, "hopper_narrow_scan_kernel")
+    got = forward(x, "hopper_narrow_scan_kernel", multiprocessors)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("scan", [narrow_scan, wide_scan], ids=["narrow", "wide"])
+def test_segments_begin_with_their_own_states(scan):
+    x, cut = make_inputs(1, 300, 1, 2, 128, 128, BF16), 2 * CHUNK
+    x["initial_state"] = torch.randn(3, 2, 128, 128)
+    o, final = torch.full_like(x["v"], float("nan")), torch.full((1, 2, 128, 128), float("nan"))
+    table = chunk_table(1, 300, None, 2)
+    with interpreted():
+        chunk = plain_invert(x["k"], x["g"], x["beta"], table)
+        rest = {"o": o, "initial_state": x["initial_state"], "final_state": final}
+        scan(chunk, x["q"], x["k"], x["v"], scale_of(x), table, **rest)
+    for i in range(3):
+        part = {n: x[n][:, i * cut : (i + 1) * cut] for n in ("q", "k", "v", "g", "beta")}
+        want = expected({**part, "initial_state": x["initial_state"][i : i + 1], "cu_seqlens": None}, scale_of(x))
+        assert_close(o[:, i * cut : (i + 1) * cut], want["o"], 5e-3, f"o of segment {i}")
+    assert_close(final, want["final_state"], 5e-3, "final_state")
+
+
+@pytest.mark.parametrize(
+    "B, T, H, HV, K, V",
+    [
+        (1, 9, 1, 1, 128, 128),
+        (1, 200, 1, 2, 128, 128),
+        (2, 65, 2, 4, 96, 128),
+        (1, 150, 1, 3, 128, 256),
+        (2, 130, 2, 4, 80, 384),
+        (1, 70, 1, 1, 128, 512),
+    ],
+)
+@pytest.mark.parametrize("multiprocessors", [132, 2], ids=["room", "no room"])  # one, two warpgroups a program
+@pytest.mark.parametrize("dtype, state", [(BF16, True), (FP16, False)])
+def test_gradients(monkeypatch, B, T, H, HV, K, V, multiprocessors, dtype, state):
+    monkeypatch.setattr(hopper, "WIDEST_SEEN", 512)
+    x = make_inputs(B, T, H, HV, K, V, dtype, initial_state=state)
+    do, ds = cotangents(x)
+    with interpreted(multiprocessors) as kernels:
+        got = chunk_backward(do, ds, *arguments_of(x), scale_of(x))
+    assert [kernels[f"hopper_{name}_kernel"].started for name in ("both_ways", "gradient")] == [1, 1]
+    want = expected(x, scale_of(x), do=do, ds=ds)
+    names = [n for n in GRADIENTS if x[n] is not None]
+    assert_all_close({"d" + n: g for n, g in zip(names, got)}, {"d" + n: want["d" + n] for n in names}, dtype)
+
+
+@pytest.mark.parametrize("enters", [True, False])
+def test_reverse_maps(enters):
+    """The gradient of the state before every segment but the first; the last one's comes from the final state's."""
+    x, cut = make_inputs(1, 5 * CHUNK - 9, 1, 2, 128, 128, BF16, initial_state=True), 2 * CHUNK
+    do, ds = cotangents(x)
+    table = chunk_table(1, 5 * CHUNK - 9, None, 2)
+    leave = torch.full((table.segments, 2, 128, 128), float("nan"))
+    with interpreted():
+        chunk = plain_invert(x["k"], x["g"], x["beta"], table, backward=True)
+        back = partial(both_ways.reverse_maps, q=x["q"], scale=scale_of(x))
+        back(chunk, do, x["k"], table, enter=ds if enters else None, leave=leave)
+    for i in (1, 2):
+        part = {n: x[n][:, i * cut : (i + 1) * cut] for n in ("q", "k", "v", "g", "beta")}
+        part |= {"initial_state": x["initial_state"], "cu_seqlens": None}
+        after = ds if enters and i == 2 else torch.zeros_like(ds)
+        want = expected(part, scale_of(x), do=do[:, i * cut : (i + 1) * cut], ds=after)["dinitial_state"]
+        assert_close(leave[i : i + 1], want, 5e-3, f"before segment {i}")
+
+
+def test_a_role_that_waits_in_vain_is_an_error(monkeypatch):
+    monkeypatch.setattr(gluon_interpreter, "PATIENCE", 0.1)
+    barrier = Barrier()
+    barrier.init(2)
+    barrier.arrive()
+    barrier.wait(1)  # the phase before the first is over
+    with pytest.raises(TimeoutError):
+        barrier.wait(0)
+    barrier.arrive()
+    barrier.wait(0)
+    with pytest.raises(AssertionError, match="more arrivals"):
+        barrier.arrive(3)
