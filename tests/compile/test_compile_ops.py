@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 import gdn_ops
+from gdn_ops.kernels import hopper
 from tests.oracle import (
     DEVICES,
     TOLERANCE,
@@ -222,9 +223,10 @@ def test_inductor_sees_the_triton_kernels(name, width):
 @on_hopper
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("V", [128, 256, 200])
-def test_large_calls_on_hopper_stay_whole(mode, V):
+def test_large_calls_on_hopper_stay_whole(monkeypatch, mode, V):
     """Inductor does not take their kernels. A graph for any length, traced at a large one, serves small ones as well.
     Where values are no multiple of 128 wide, all that goes for the forward alone."""
+    monkeypatch.setattr(hopper, "WIDEST_SEEN", 512)
     compiled = torch.compile(gdn_ops.chunk_gated_delta_rule, mode=mode, fullgraph=True)
 
     def run(rule, T):

@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import gdn_ops
+from gdn_ops.kernels import hopper
 from tests.oracle import make_conv_inputs, make_inputs, make_inputs_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -96,7 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(jobs()), default=tuple(jobs()))
     options = parser.parse_args(arguments)
     for name in options.only:
-        results = jobs()[name](options.device)
+        with patch.object(hopper, "WIDEST_SEEN", 512):  # of what waits to be seen, too
+            results = jobs()[name](options.device)
         wrong = [i for i, x in enumerate(results) if not bool(x.isfinite().all())]
         print(f"{name}: {len(results)} results", flush=True)
         if wrong:
