@@ -30,7 +30,7 @@ TOKENS_TO_PAY = 1 << 16
 
 
 @cache
-def _has_gluon() -> bool:
+def has_gluon() -> bool:
     """In the form that the tests have seen: it is an experiment of Triton's, which the next version may change."""
     return (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7)
 
@@ -38,7 +38,7 @@ def _has_gluon() -> bool:
 def is_for(x: Tensor) -> bool:
     """Whether the GPU that holds ``x`` is the chip, and Triton the version, that these kernels are for."""
     chip = chip_of(x)
-    return x.is_cuda and (chip.backend, chip.arch) == ("cuda", 90) and _has_gluon()
+    return x.is_cuda and (chip.backend, chip.arch) == ("cuda", 90) and has_gluon()
 
 
 def _is_copied(x: Tensor) -> bool:

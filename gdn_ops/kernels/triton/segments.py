@@ -329,7 +329,8 @@ def combine_configuration(x: Tensor, K: int, V: int, sequences: int | None) -> d
     chip, low = chip_of(x), x.element_size() == 2
     widest = 16 if low and sequences is not None and sequences * triton.cdiv(V, 16) <= chip.multiprocessors else 32
     BK, BV = max(16, triton.next_power_of_2(K)), min(widest, max(16, triton.next_power_of_2(V)))
-    return {"BK": BK, "BV": BV, "num_warps": 8, "num_stages": 3 if low and chip.large else 2}
+    stages = 1 + low + chip.large  # one of fp32 maps is all that small chips have room for
+    return {"BK": BK, "BV": BV, "num_warps": 8, "num_stages": stages}
 
 
 def combine(
