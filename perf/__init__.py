@@ -6,6 +6,7 @@ Run from the repository's root; nothing of this is installed::
     python -m perf op --suite forward     one suite, or one --shape H,HV,N,T,K,V, on CUDA or on the CPU
     python -m perf linear                 gated linear attention (Mamba2's rule) next to FLA's simple GLA
     python -m perf train                  whole training steps of models next to FLA's and Hugging Face's
+    python -m perf kernels                what a call or a training step is made of, kernel by kernel
     python -m perf cpu                    side by side with Hugging Face's torch functions and ONNX Runtime
     python -m perf nodes                  what bounds the portable rule in ONNX Runtime, node by node
     python -m perf tune --kernel K        other tiles, warps and stages of one kernel

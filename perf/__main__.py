@@ -1,4 +1,4 @@
-"""``python -m perf op | gpu | linear | train | cpu | nodes | tune | plot``; see the package's docstring."""
+"""``python -m perf op | gpu | linear | train | kernels | cpu | nodes | tune | plot``; see the package's docstring."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from gdn_ops.models import PRESETS
 from gdn_ops.models.hybrid import ACTIVATION_CHECKPOINTING
+from perf import kernels as kernel_times
 from perf import runs, training
 from perf import tune as tuning
 from perf.cpu_providers import CPU_PROVIDERS
@@ -18,7 +19,7 @@ from perf.linear_providers import LINEAR_PROVIDERS
 from perf.linear_providers import TASKS as LINEAR_TASKS
 from perf.linear_providers import cost as linear_cost
 from perf.linear_providers import peak_memory as linear_peak
-from perf.providers import PROVIDERS, Unavailable
+from perf.providers import OURS, PROVIDERS, Unavailable
 from perf.records import ROOT
 from perf.shapes import DIRECTIONS, DTYPES, SUITES, Shape, parse_shape
 from perf.training_models import TRAIN_PROVIDERS
@@ -89,6 +90,22 @@ def train(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     setting = training.Setting(a.device, precision, a.checkpointing)
     presets, sizes = a.preset or training.PRESETS, a.shape or training.SIZES
     training.run(presets, sizes, who, setting, _csv(a.out, "train.csv"), a.budget)
+
+
+def kernels(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    _need_cuda(parser, a.device)
+    if not a.shape and a.preset is None:
+        parser.error("shape, preset: expected at least one of them, got neither")
+    tasks = [(shape, direction) for shape in a.shape or [] for direction in a.direction or ["forward", "backward"]]
+    names = a.provider or [OURS]
+    operators, trainers = ([t[name] for name in names if name in t] for t in (PROVIDERS, TRAIN_PROVIDERS))
+    dtype = a.dtype or ("bf16" if a.device == "cuda" else "fp32")
+    try:
+        kernel_times.run(
+            tasks, dtype, operators, a.preset, a.size, a.layers, trainers, a.device, _csv(a.out, "kernels.csv"), a.most
+        )
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def cpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
@@ -174,6 +191,22 @@ def arguments() -> argparse.ArgumentParser:
     sub.add_argument("--checkpointing", choices=ACTIVATION_CHECKPOINTING, default="none", help="of activations")
     sub.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     measured(sub, TRAIN_PROVIDERS, 500.0)
+
+    sub = command(kernels, "What calls and training steps are made of, kernel by kernel (torch's profiler).")
+    sub.add_argument("--shape", action="append", type=_shape, metavar="H,HV,N,T,K,V", help="of operators")
+    sub.add_argument("--direction", action="append", choices=DIRECTIONS, help="default forward, backward")
+    sub.add_argument("--preset", choices=PRESETS, help="of a model, whose training step is taken")
+    sub.add_argument(
+        "--size", type=_size, default=training.SIZES[0], metavar="TxBATCH", help="of its batch (%(default)s)"
+    )
+    sub.add_argument("--layers", type=int, help="fewer than the preset has compile faster")
+    sub.add_argument("--dtype", choices=list(DTYPES), help="of operators; default bf16 on CUDA, fp32 on the CPU")
+    sub.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    sub.add_argument(
+        "--provider", action="append", choices=sorted({*PROVIDERS, *TRAIN_PROVIDERS}), help="default: ours"
+    )
+    sub.add_argument("--most", type=int, default=30, metavar="KERNELS", help="to print of a call (%(default)s)")
+    sub.add_argument("--out", type=Path, help="directory or .csv file (default perf/results)")
 
     sub = command(cpu, "H16/HV32, D=128, fp32 next to transformers and ONNX Runtime.")
     sub.add_argument("--threads", type=int, default=2)

@@ -5,8 +5,9 @@ process of its own: one a test process, started at the first call, with ``TRITON
 else. Calls and results travel as pickles over its pipes.
 
 In that process fresh memory is NaN (largest integers), so that a result not wholly written, or memory read before it
-is written, cannot pass for zeros; and two habits of the interpreter (Triton 3.6 and 3.7) are mended that no GPU
-has: it multiplies the bit patterns of bf16 operands as integers in ``tl.dot``, and it rounds fp32 to bf16 towards zero.
+is written, cannot pass for zeros; and habits of the interpreter are mended that no GPU has: it multiplies the bit
+patterns of bf16 operands as integers in ``tl.dot`` and rounds fp32 to bf16 towards zero (Triton 3.6 and 3.7), and takes
+no joined conditions as masks (3.9).
 It ignores ``input_precision``: products of fp32 operands are always exact fp32 ones.
 """
 
@@ -128,10 +129,30 @@ def _mend_bfloat16() -> None:
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
 
 
+def _mend_masks() -> None:
+    """Triton 3.9 makes integers of two conditions joined by ``&``, and then refuses them as a mask."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def condition(mask):
+        return TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    def create_masked_load(self, pointers, mask, *rest):
+        return load(self, pointers, condition(mask), *rest)
+
+    def create_masked_store(self, pointers, value, mask, *rest):
+        return store(self, pointers, value, condition(mask), *rest)
+
+    InterpreterBuilder.create_masked_load = create_masked_load
+    InterpreterBuilder.create_masked_store = create_masked_store
+
+
 def _serve(requests, answers) -> None:
     from triton.runtime.interpreter import InterpretedFunction
 
     _mend_bfloat16()
+    _mend_masks()
     _poison_fresh_memory()
     while True:
         try:
