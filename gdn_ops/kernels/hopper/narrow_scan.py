@@ -267,7 +267,8 @@ def hopper_narrow_scan_kernel(
     TO_READ: gl.constexpr,
     TO_LOAD: gl.constexpr,
 ):
-    """Arguments are those of ``hopper_scan_kernel``; a program takes every ``programs``-th of the ``items``."""
+    """Arguments are those of ``hopper_scan_kernel``. A program takes every ``programs``-th of the ``items``: where
+    there is room one, but it is right for any number."""
     C: gl.constexpr = k.block_type.shape[2]
     BK: gl.constexpr = k.block_type.shape[3]
     BV: gl.constexpr = v.block_type.shape[3]
