@@ -5,8 +5,8 @@ torch tensors, pointers and descriptors are tensors with an offset or a tile, sh
 swizzled layout, and each role of ``warp_specialize`` is a thread. What it shows: arithmetic, indices, bounds, tiles,
 which bytes a reinterpreted tile is made of, and that the barriers of all roles fit together (a role that waits for 30
 seconds is an error). Products and copies are over at once, but what they read may not change before they have been
-waited for, which takes its time. What it does not show: other races, layouts, fences, what the compiler makes of it.
-``invert.py``, which is made of PTX, is :func:`plain_invert` here.
+waited for, which takes its time. What it does not show: other races, layouts, fences, what the compiler makes of it,
+and PTX, in whose place other functions stand (``PTX``).
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ from triton.runtime.jit import JITFunction
 from gdn_ops.kernels import hopper
 from gdn_ops.kernels.hopper import both_ways, gradients, invert, narrow_scan, scan
 from gdn_ops.kernels.triton.chip import CHIPS, as_if_on
-from gdn_ops.kernels.triton.chunk_table import CHUNK
-from gdn_ops.kernels.triton.intra_chunk import LOG2_E, STRETCH, WEAKEST, IntraChunk
 
 PATIENCE = 30.0  # seconds
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "int32": torch.int32, "int64": torch.int64}
+DTYPES = ("float32", "float64", "bfloat16", "int32", "int64")
 
 
 class Value(torch.Tensor):
@@ -48,6 +46,12 @@ class Value(torch.Tensor):
     @property
     def type(self):
         return SimpleNamespace(layout=None)
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Value:
+        return self.view(dtype) if bitcast else torch.Tensor.to(self, dtype)
+
+    def split(self) -> tuple[Value, ...]:
+        return self.unbind(-1)
 
 
 def value(x) -> Value:
@@ -65,18 +69,18 @@ class Pointer:
         """Positions that exist, and the mask. What is masked out may point anywhere."""
         at = torch.as_tensor(self.at)
         at, mask = torch.broadcast_tensors(at, torch.as_tensor(True if mask is None else mask))
-        return torch.where(mask, at, 0).as_subclass(Tensor), mask.as_subclass(Tensor)
+        at = torch.where(mask, at, 0).as_subclass(Tensor)
+        assert at.numel() == 0 or 0 <= at.min() <= at.max() < self.memory.numel(), "an access outside the tensor"
+        return at, mask.as_subclass(Tensor)
 
     def load(self, mask=None, other=0.0) -> Value:
         at, mask = self._where(mask)
-        flat = self.memory.reshape(-1)
-        assert at.max() < flat.numel() and at.min() >= 0
-        return value(torch.where(mask, flat[at], torch.as_tensor(other, dtype=flat.dtype)))
+        return value(torch.where(mask, self.memory[at], torch.as_tensor(other, dtype=self.memory.dtype)))
 
     def store(self, x, mask=None) -> None:
         at, mask = self._where(mask)
-        flat = self.memory.view(-1)
-        flat[at[mask]] = torch.broadcast_to(torch.as_tensor(x), at.shape)[mask].to(flat.dtype).as_subclass(Tensor)
+        x = torch.broadcast_to(torch.as_tensor(x), at.shape)[mask].to(self.memory.dtype)
+        self.memory[at[mask]] = x.as_subclass(Tensor)
 
 
 class Descriptor:
@@ -120,6 +124,8 @@ def _in_order(shape: list[int], first: int) -> Tensor:
 class Shared:
     """A view of shared memory: ``places`` of its elements in ``memory``, fresh NaN."""
 
+    layout = None
+
     def __init__(self, memory: Tensor, places: Tensor) -> None:
         self.memory, self.places = memory, places
 
@@ -155,6 +161,9 @@ class Shared:
         assert dtype == self.dtype and math.prod(shape) == self.places.numel()
         return Shared(self.memory, _in_order(shape, int(self.places.min())))
 
+    def _keep_alive(self) -> None:
+        pass
+
     def load(self, layout=None) -> Value:
         return value(self.memory[self.places])
 
@@ -177,6 +186,9 @@ class Barrier:
             if self.missing == self.bytes == 0:
                 self.missing, self.phase = self.count, self.phase + 1
                 self.changed.notify_all()
+
+    def _keep_alive(self) -> None:
+        pass
 
     def init(self, count: int) -> None:
         self.count = self.missing = count
@@ -262,6 +274,36 @@ def _mma(a, b: Shared, to, use_acc=True, is_async=False) -> Value:
     return product + to if use_acc else product
 
 
+def _small_mma(a: Value, b: Value, to: Value) -> Value:
+    return a.float() @ b.float() + to
+
+
+def _invert_16(minus_a: Value) -> Value:
+    """Of each block of 16 rows; what is not below its diagonal is zero."""
+    blocks = minus_a.double().unflatten(0, (-1, 16))
+    return value(torch.linalg.inv(torch.eye(16) - blocks).flatten(0, 1).float())
+
+
+def _terms(x: Value) -> tuple[Value, Value]:
+    high = x.to(torch.bfloat16)
+    return high, (x - high.float()).to(torch.bfloat16)
+
+
+def _from_lane(x: Value, lane: Value) -> Value:
+    """A lane has two numbers side by side."""
+    return x[0, (2 * lane + 1) % x.shape[1]].expand(-1, x.shape[1])
+
+
+# Functions of invert.py that are PTX.
+PTX = {
+    "_invert_16": _invert_16,
+    "_terms": _terms,
+    "_from_lane": _from_lane,
+    "_choose": lambda condition, x, y: torch.where(condition != 0, x, y),
+    "_reciprocal": torch.reciprocal,
+}
+
+
 def _mma_wait(pendings: int, deps: tuple):
     RUNNING.wait(RUNNING.products, pendings)
     return deps[0] if len(deps) == 1 else deps
@@ -312,18 +354,22 @@ class Language:
     associative_scan = staticmethod(_scan)
     warp_specialize = staticmethod(_specialize)
     static_range = range
-    sum = staticmethod(lambda x, axis: x.sum(axis))
+    sum = staticmethod(lambda x, axis: x.sum(axis, dtype=x.dtype))
     arange = staticmethod(lambda start, end, layout: value(torch.arange(start, end)))
     zeros = staticmethod(lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)))
     convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
     load = staticmethod(lambda pointer, mask=None, other=0.0: pointer.load(mask, other))
     store = staticmethod(lambda pointer, x, mask=None: pointer.store(x, mask))
     minimum = staticmethod(lambda x, y: torch.minimum(value(x), value(y)))
+    max = staticmethod(lambda x, axis: x.amax(axis))
+    abs = staticmethod(torch.abs)
+    maximum = staticmethod(lambda x, y: torch.maximum(value(x), value(y)))
+    join = staticmethod(lambda x, y: torch.stack([x, y], -1))
     where = staticmethod(lambda condition, x, y: torch.where(value(condition), value(x), value(y)))
 
     def __init__(self) -> None:
-        for name, dtype in DTYPES.items():
-            setattr(self, name, dtype)
+        for name in DTYPES:
+            setattr(self, name, getattr(torch, name))
 
     def program_id(self, axis: int) -> Value:
         return value(self.program)
@@ -331,7 +377,7 @@ class Language:
 
 LANGUAGE = Language()
 STANDS_FOR = {
-    "gl": LANGUAGE, "mbarrier": FakeMBarrier, "tma": fake_tma, "warpgroup_mma": _mma,
+    **PTX, "gl": LANGUAGE, "mbarrier": FakeMBarrier, "tma": fake_tma, "warpgroup_mma": _mma, "mma_v2": _small_mma,
     "warpgroup_mma_wait": _mma_wait,
     "fence_async_shared": lambda: None,
     # What a loop counts with is a tensor, too.
@@ -357,7 +403,10 @@ def _python(function: JITFunction) -> types.FunctionType:
 def _argument(x):
     if isinstance(x, TensorDescriptor):
         return Descriptor(x)
-    return Pointer(x) if isinstance(x, Tensor) else x
+    if isinstance(x, Tensor):  # from its first element on
+        size = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+        return Pointer(torch.as_strided(x, (size,), (1,), x.storage_offset()))
+    return x
 
 
 class Interpreted:
@@ -378,37 +427,8 @@ class Interpreted:
         return start
 
 
-def plain_invert(k: Tensor, g: Tensor, beta: Tensor, table, backward: bool = False) -> IntraChunk:
-    """What ``invert`` gives, but for how ``T`` is rounded where keys are alike."""
-    B, T, H, _ = k.shape
-    HV, NT = g.shape[2], -(-T // CHUNK)
-
-    def chunks(x: Tensor) -> Tensor:  # [B, T, H, ...] to [chunks, H, CHUNK, ...]
-        x = torch.cat([x, x.new_zeros(B, NT * CHUNK - T, *x.shape[2:])], 1)
-        return x.unflatten(1, (NT, CHUNK)).flatten(0, 1).transpose(1, 2)
-
-    c = (chunks(g).double().clamp(min=WEAKEST.value) * LOG2_E.value).cumsum(-1)
-    beta, keys = chunks(beta).double(), chunks(k).double().repeat_interleave(HV // H, 1)
-    decay = torch.exp2((c[..., :, None] - c[..., None, :]).tril())
-    A = (beta[..., :, None] * (keys @ keys.mT) * decay).tril(-1)
-    X = torch.linalg.inv(torch.eye(CHUNK) + A)
-    stretch = 1.0 if backward else float(STRETCH)
-    high = c.float()
-    exact = {
-        "from_start": torch.exp2(c),
-        "to_end": torch.exp2(c[..., -1:] - c) / stretch,
-        "beta": beta,
-        "erasing": -beta * torch.exp2(c),
-    }
-    low = {name: x.float().contiguous() for name, x in exact.items()}
-    return IntraChunk(
-        c_sum=torch.cat([high, (c - high.double()).float()], -1),
-        T=(X * beta[..., None, :] * stretch).to(k.dtype).contiguous(), inverse=X.mT.to(k.dtype).contiguous(),
-        P=None, grown_q=None, **low,
-    )  # fmt: skip
-
-
 KERNELS = (
+    (invert, "hopper_invert_kernel"),
     (scan, "hopper_scan_kernel"),
     (narrow_scan, "hopper_narrow_scan_kernel"),
     (both_ways, "hopper_both_ways_kernel"),
@@ -423,7 +443,6 @@ def interpreted(multiprocessors: int = 132) -> Iterator[dict[str, Interpreted]]:
     with ExitStack() as stack:
         stack.enter_context(as_if_on(CHIPS["sm_90"]._replace(multiprocessors=multiprocessors)))
         stack.enter_context(patch.object(hopper, "is_for", lambda x: True))
-        stack.enter_context(patch.object(invert, "invert", plain_invert))
         kernels = {name: Interpreted(getattr(module, name)) for module, name in KERNELS}
         for module, name in KERNELS:
             stack.enter_context(patch.object(module, name, kernels[name]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 
@@ -31,7 +30,15 @@ from gdn_ops.kernels.triton.intra_chunk import STRETCH, intra_chunk
 from gdn_ops.kernels.triton.launch import traced
 from gdn_ops.kernels.triton.segments import segment_length
 from tests.kernels.roles import roles_kernel
-from tests.kernels.triton_rule import arguments_of, check_chunk, chunk, forward, scale_of
+from tests.kernels.triton_rule import (
+    arguments_of,
+    check_chunk,
+    check_inverse,
+    chunk,
+    forward,
+    inverse_inputs,
+    scale_of,
+)
 from tests.oracle import assert_all_close, assert_close, cotangents, expected, make_inputs, on_hopper
 
 pytestmark = pytest.mark.skipif(not hopper.has_gluon(), reason="of Triton, 3.6 and 3.7 have what these kernels take")
@@ -488,17 +495,6 @@ def test_gradients_of_strided_tokens(any_width, V):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def inverses(x: dict, backward: bool) -> tuple[dict, dict]:
-    """What the kernel here and the portable one leave, by name."""
-    table = chunk_table(*x["k"].shape[:2], None, None)
-    there = intra_chunk(x["k"], x["k"], x["g"], x["beta"], table, 1.0, backward)
-    here = invert_module.invert(x["k"], x["g"], x["beta"], table, backward)
-    high, low = here.c_sum.double().unflatten(-1, (2, CHUNK)).unbind(-2)
-    here = here._replace(c_sum=(high + low) * math.log(2.0))
-    taken = [n for n in here._fields if getattr(here, n) is not None]
-    return tuple({n: getattr(made, n) for n in taken} for made in (here, there))
-
-
 @gpu
 @on_hopper
 @pytest.mark.parametrize(
@@ -521,28 +517,8 @@ def inverses(x: dict, backward: bool) -> tuple[dict, dict]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_inverses(dtype, B, T, H, HV, K, case, backward):
-    x = make_inputs(B, T, H, HV, K, 128, dtype, "cuda")
-    bits = 8 if dtype == torch.bfloat16 else 11
-    if case == "strided":
-        x["g"], x["beta"] = torch.cat([x["g"], x["beta"], x["beta"]], dim=-1).split(HV, dim=-1)[:2]
-    elif case == "16-bit gates":
-        x["g"], x["beta"] = x["g"].bfloat16(), x["beta"].bfloat16()
-    elif case in ("one key", "one key 1.9"):
-        x["k"] = x["k"][:, :1].expand_as(x["k"]).contiguous()
-        x["g"], x["beta"] = x["g"] * 1e-3, torch.full_like(x["beta"], 1.9 if case == "one key 1.9" else 0.999)
-    elif case in ("strong", "infinite"):
-        x["g"][:, 5::7] = -1e4 if case == "strong" else float("-inf")
-    here, there = inverses(x, backward)
-    for name, got in here.items():
-        want = there[name]
-        assert got.dtype == want.dtype and got.isfinite().all(), name
-        if name not in ("T", "inverse"):
-            assert_close(got, want, 2e-6, name)
-        elif case not in ("one key", "one key 1.9"):
-            assert_close(got, want, 0.3 * 2**-bits, name)
-        else:  # what is lost in a row differs where one of many roundings does, but no more than one is missing
-            assert_close(got, want, 2 * 2**-bits, name)
-            lost = (got.double() - want.double()).cumsum(-2)
-            assert lost.abs().max() <= 8 * 2**-bits * want.abs().max(), name
-    again = invert_module.invert(x["k"], x["g"], x["beta"], chunk_table(B, T, None, None), backward)
-    assert all(torch.equal(getattr(again, n), here[n]) for n in ("T", "from_start", "to_end"))
+    x, table = inverse_inputs(B, T, H, HV, K, case, dtype, "cuda"), chunk_table(B, T, None, None)
+    here = invert_module.invert(x["k"], x["g"], x["beta"], table, backward)
+    check_inverse(here, intra_chunk(x["k"], x["k"], x["g"], x["beta"], table, 1.0, backward), case)
+    again = invert_module.invert(x["k"], x["g"], x["beta"], table, backward)
+    assert all(torch.equal(getattr(again, n), getattr(here, n)) for n in ("T", "from_start", "to_end"))

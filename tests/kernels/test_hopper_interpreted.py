@@ -11,14 +11,16 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from gdn_ops.kernels import hopper
 from gdn_ops.kernels.hopper import both_ways
+from gdn_ops.kernels.hopper import invert as invert_module
 from gdn_ops.kernels.hopper.narrow_scan import narrow_scan
 from gdn_ops.kernels.hopper.scan import scan as wide_scan
 from gdn_ops.kernels.triton.chunk_backward import chunk_backward
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
 from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
 from tests.kernels import gluon_interpreter
-from tests.kernels.gluon_interpreter import Barrier, interpreted, plain_invert
-from tests.kernels.triton_rule import arguments_of, scale_of
+from tests.kernels.gluon_interpreter import Barrier, interpreted
+from tests.kernels.interpreter import call
+from tests.kernels.triton_rule import arguments_of, check_inverse, inverse_inputs, scale_of
 from tests.oracle import GRADIENTS, assert_all_close, assert_close, cotangents, expected, make_inputs
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -32,11 +34,35 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize(
+    "B, T, H, HV, K, case",
+    [
+        (1, 9, 1, 2, 128, "random"),
+        (2, 64, 2, 2, 128, "random"),
+        (2, 150, 1, 2, 80, "random"),
+        (1, 130, 1, 2, 80, "strided"),
+        (1, 130, 1, 2, 80, "16-bit gates"),
+        (1, 130, 1, 2, 80, "strong"),
+        (1, 130, 1, 2, 80, "infinite"),
+        (1, 130, 1, 2, 128, "one key"),
+        (1, 130, 1, 2, 128, "one key 1.9"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_inverse_is_the_portable_one(B, T, H, HV, K, case, dtype, backward):
+    x, table = inverse_inputs(B, T, H, HV, K, case, dtype, "cpu"), chunk_table(B, T, None, None)
+    with interpreted():
+        here = invert_module.invert(x["k"], x["g"], x["beta"], table, backward)
+    there = call("intra_chunk:intra_chunk", x["k"], x["k"], x["g"], x["beta"], table, 1.0, backward).result
+    check_inverse(here, there, case)
+
+
 def forward(x: dict, kernel: str, multiprocessors: int = 132) -> dict:
     with interpreted(multiprocessors) as kernels, pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper, "has_room", lambda *args: "narrow" in kernel)
         result = dict(zip(("o", "final_state"), chunk_forward(*arguments_of(x), scale_of(x), True)))
-        assert [name for name, k in kernels.items() if k.started] == [kernel]
+        assert [name for name, k in kernels.items() if k.started] == ["hopper_invert_kernel", kernel]
     return result
 
 
@@ -65,7 +91,7 @@ def test_segments_begin_with_their_own_states(scan):
     o, final = torch.full_like(x["v"], float("nan")), torch.full((1, 2, 128, 128), float("nan"))
     table = chunk_table(1, 300, None, 2)
     with interpreted():
-        chunk = plain_invert(x["k"], x["g"], x["beta"], table)
+        chunk = invert_module.invert(x["k"], x["g"], x["beta"], table)
         rest = {"o": o, "initial_state": x["initial_state"], "final_state": final}
         scan(chunk, x["q"], x["k"], x["v"], scale_of(x), table, **rest)
     for i in range(3):
@@ -82,7 +108,7 @@ def test_segments_begin_with_their_own_states(scan):
         (1, 200, 1, 2, 128, 128),
         (2, 65, 2, 4, 96, 128),
         (1, 150, 1, 3, 128, 256),
-        (2, 130, 2, 4, 80, 384),
+        (1, 130, 2, 4, 80, 384),
         (1, 70, 1, 1, 128, 512),
     ],
 )
@@ -94,7 +120,7 @@ def test_gradients(monkeypatch, B, T, H, HV, K, V, multiprocessors, dtype, state
     do, ds = cotangents(x)
     with interpreted(multiprocessors) as kernels:
         got = chunk_backward(do, ds, *arguments_of(x), scale_of(x))
-    assert [kernels[f"hopper_{name}_kernel"].started for name in ("both_ways", "gradient")] == [1, 1]
+    assert [kernels[f"hopper_{name}_kernel"].started for name in ("invert", "both_ways", "gradient")] == [1, 1, 1]
     want = expected(x, scale_of(x), do=do, ds=ds)
     names = [n for n in GRADIENTS if x[n] is not None]
     assert_all_close({"d" + n: g for n, g in zip(names, got)}, {"d" + n: want["d" + n] for n in names}, dtype)
@@ -108,7 +134,7 @@ def test_reverse_maps(enters):
     table = chunk_table(1, 5 * CHUNK - 9, None, 2)
     leave = torch.full((table.segments, 2, 128, 128), float("nan"))
     with interpreted():
-        chunk = plain_invert(x["k"], x["g"], x["beta"], table, backward=True)
+        chunk = invert_module.invert(x["k"], x["g"], x["beta"], table, backward=True)
         back = partial(both_ways.reverse_maps, q=x["q"], scale=scale_of(x))
         back(chunk, do, x["k"], table, enter=ds if enters else None, leave=leave)
     for i in (1, 2):

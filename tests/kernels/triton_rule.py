@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from tests.kernels.interpreter import call
-from tests.oracle import GRADIENTS, assert_all_close, cotangents, expected
+from tests.oracle import GRADIENTS, assert_all_close, assert_close, cotangents, expected, make_inputs
 
 INPUTS = ("q", "k", "v", "g", "beta", "initial_state", "cu_seqlens")
 TOKENS = INPUTS[:5]
@@ -94,3 +96,37 @@ def last_strided(x: dict) -> dict:
 
 
 LAYOUTS = (one_projection, head_first, last_strided)
+
+
+def inverse_inputs(B: int, T: int, H: int, HV: int, K: int, case: str, dtype: torch.dtype, device: str) -> dict:
+    """For the inverse of the kernels for Hopper; ``case`` says what is special."""
+    x = make_inputs(B, T, H, HV, K, 128, dtype, device)
+    if case == "strided":
+        x["g"], x["beta"] = torch.cat([x["g"], x["beta"], x["beta"]], dim=-1).split(HV, dim=-1)[:2]
+    elif case == "16-bit gates":
+        x["g"], x["beta"] = x["g"].bfloat16(), x["beta"].bfloat16()
+    elif case in ("one key", "one key 1.9"):
+        x["k"] = x["k"][:, :1].expand_as(x["k"]).contiguous()
+        x["g"], x["beta"] = x["g"] * 1e-3, torch.full_like(x["beta"], 1.9 if case == "one key 1.9" else 0.999)
+    elif case in ("strong", "infinite"):
+        x["g"][:, 5::7] = -1e4 if case == "strong" else float("-inf")
+    return x
+
+
+def check_inverse(here, there, case: str) -> None:
+    """An ``IntraChunk`` of the kernel for Hopper, and the portable one."""
+    high, low = here.c_sum.double().unflatten(-1, (2, -1)).unbind(-2)
+    here, bits = here._replace(c_sum=(high + low) * math.log(2.0)), 8 if here.T.dtype == torch.bfloat16 else 11
+    for name in here._fields:
+        got, want = getattr(here, name), getattr(there, name)
+        if got is None:
+            continue
+        assert got.dtype == want.dtype and got.isfinite().all(), name
+        if name not in ("T", "inverse"):
+            assert_close(got, want, 2e-6, name)
+        elif case not in ("one key", "one key 1.9"):
+            assert_close(got, want, 0.3 * 2**-bits, name)
+        else:  # what is lost in a row differs where one of many roundings does, but no more than one is missing
+            assert_close(got, want, 2 * 2**-bits, name)
+            lost = (got.double() - want.double()).cumsum(-2)
+            assert lost.abs().max() <= 8 * 2**-bits * want.abs().max(), name
