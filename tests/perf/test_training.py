@@ -139,7 +139,7 @@ def test_what_a_peer_has_not_is_left_out():
             build(HybridLM(HybridConfig(**{**SIZES, **change})), "none")
 
 
-def run(tmp_path, who, presets=("small",), sizes=((32, 2),), budget=5.0, setting=CPU):
+def run(tmp_path, who, presets=("small",), sizes=((32, 2),), budget=60.0, setting=CPU):
     return training.run(presets, [Size(*size) for size in sizes], who, setting, tmp_path / "train.csv", budget)
 
 
