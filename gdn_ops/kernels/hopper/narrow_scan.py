@@ -47,6 +47,7 @@ from gdn_ops.kernels.hopper.tiles import (
     heads,
     last_of,
     likeness,
+    piece_of,
     rows_of,
     state_tile,
 )
@@ -57,18 +58,6 @@ from gdn_ops.kernels.triton.intra_chunk import STRETCH, IntraChunk
 STAGES = 3
 # Of four warpgroups, one of them for the loader; the writer has what the others leave.
 REGISTERS, REGISTERS_TO_READ, REGISTERS_TO_LOAD = 128, 144, 24
-
-
-@gluon.jit
-def _place(item, T, SEGMENT, HV: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BV: gl.constexpr):
-    """Row of the batch, value head and first column of an item, the first chunk and the number of chunks; then the
-    segment, counted over all sequences, and the chunks of a sequence."""
-    NV: gl.constexpr = (V + BV - 1) // BV
-    segment = item // (NV * HV)
-    NT = (T + C - 1) // C
-    parts = (NT + SEGMENT - 1) // SEGMENT
-    first = segment % parts * SEGMENT
-    return segment // parts, item // NV % HV, item % NV * BV, first, gl.minimum(SEGMENT, NT - first), segment, NT
 
 
 @gluon.jit
@@ -96,7 +85,7 @@ def _load(tensors, tiles, full, empty, work, H: gl.constexpr, HV: gl.constexpr, 
     )
     before = 0
     for item in range(gl.program_id(0), items, programs):
-        b, hv, v0, first, chunks, _segment, NT = _place(item, T, SEGMENT, HV, V, C, BV)
+        b, hv, v0, first, chunks, _segment, NT = piece_of(item, T, SEGMENT, HV, V, C, BV)
         h = hv // (HV // H)
         for i in range(chunks):
             stage, phase = _stage(before + i, STAGES)
@@ -145,7 +134,7 @@ def _write(states, tiles, kept, barriers, work, HV: gl.constexpr, K: gl.constexp
     mbarrier.wait(full.index(0), 0)
     w_vc = _values(tiles, 0)
     for item in range(gl.program_id(0), items, programs):
-        b, hv, v0, first, chunks, segment, NT = _place(item, T, SEGMENT, HV, V, C, BV)
+        b, hv, v0, first, chunks, segment, NT = piece_of(item, T, SEGMENT, HV, V, C, BV)
         if initial_state is None:
             S_vk = gl.zeros([BV, BK], gl.float32, OF_K)
         else:
@@ -213,7 +202,7 @@ def _read(o, scales, tiles, kept, o_s, barriers, work, HV: gl.constexpr, V: gl.c
     o_tile = o_s.index(part)
     before = 0
     for item in range(gl.program_id(0), items, programs):
-        b, hv, v0, first, chunks, _segment, _NT = _place(item, T, SEGMENT, HV, V, C, BV)
+        b, hv, v0, first, chunks, _segment, _NT = piece_of(item, T, SEGMENT, HV, V, C, BV)
         for i in range((before & 1) ^ part, chunks, 2):
             stage, phase = _stage(before + i, STAGES)
             turn = before + i >> 1 & 1

@@ -53,6 +53,7 @@ from gdn_ops.kernels.hopper.tiles import (
     last_of,
     likeness,
     next_stage,
+    piece_of,
     rows_of,
     state_tile,
 )
@@ -225,16 +226,7 @@ def hopper_scan_kernel(
     ``score_scale`` is a logarithm to base 2."""
     C: gl.constexpr = k.block_type.shape[2]
     BV: gl.constexpr = v.block_type.shape[3]
-    NV: gl.constexpr = (V + 2 * BV - 1) // (2 * BV)
-    program = gl.program_id(0)
-    v0 = program % NV * (2 * BV)
-    hv = program // NV % HV
-    segment = program // (NV * HV)
-    NT = (T + C - 1) // C
-    parts = (NT + SEGMENT - 1) // SEGMENT
-    b = segment // parts
-    first = segment % parts * SEGMENT
-    chunks = gl.minimum(SEGMENT, NT - first)
+    b, hv, v0, first, chunks, segment, NT = piece_of(gl.program_id(0), T, SEGMENT, HV, V, C, 2 * BV)
     last = first + chunks == NT
 
     dtype: gl.constexpr = k.dtype

@@ -50,6 +50,18 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def piece_of(item, T, SEGMENT, HV: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BV: gl.constexpr):
+    """Row of the batch, value head and first of ``BV`` columns of an item, the first chunk and the number of chunks; then the
+    segment, counted over all sequences, and the chunks of a sequence."""
+    NV: gl.constexpr = (V + BV - 1) // BV
+    segment = item // (NV * HV)
+    NT = (T + C - 1) // C
+    parts = (NT + SEGMENT - 1) // SEGMENT
+    first = segment % parts * SEGMENT
+    return segment // parts, item // NV % HV, item % NV * BV, first, gl.minimum(SEGMENT, NT - first), segment, NT
+
+
+@gluon.jit
 def last_of(row):
     """The last number of a row in shared memory. A load from memory would be waited for at the next fence."""
     C: gl.constexpr = row.shape[1]
