@@ -51,8 +51,8 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def piece_of(item, T, SEGMENT, HV: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BV: gl.constexpr):
-    """Row of the batch, value head and first of ``BV`` columns of an item, the first chunk and the number of chunks; then the
-    segment, counted over all sequences, and the chunks of a sequence."""
+    """Row of the batch, value head and first of ``BV`` columns of an item, the first chunk and the number of chunks;
+    then the segment, counted over all sequences, and the chunks of a sequence."""
     NV: gl.constexpr = (V + BV - 1) // BV
     segment = item // (NV * HV)
     NT = (T + C - 1) // C
