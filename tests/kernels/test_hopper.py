@@ -22,6 +22,7 @@ from gdn_ops.kernels.hopper import gradients as gradients_module
 from gdn_ops.kernels.hopper import invert as invert_module
 from gdn_ops.kernels.hopper import narrow_scan as narrow_module
 from gdn_ops.kernels.hopper import scan as scan_module
+from gdn_ops.kernels.hopper import tiles
 from gdn_ops.kernels.hopper.both_ways import hopper_both_ways_kernel
 from gdn_ops.kernels.triton.chip import CHIPS, as_if_on
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
@@ -68,13 +69,13 @@ def tiles_of(element: str) -> dict[str, str]:
     """Descriptors by the names that the kernels have for them."""
     tokens, row = [1, 1, CHUNK], [1, CHUNK]
     return {
-        **dict.fromkeys(("q", "k", "dq", "dk"), descriptor([*tokens, scan_module.BK], element)),
-        **dict.fromkeys(("v", "do", "o", "dv", "X"), descriptor([*tokens, scan_module.BV], element)),
+        **dict.fromkeys(("q", "k", "dq", "dk"), descriptor([*tokens, tiles.BK], element)),
+        **dict.fromkeys(("v", "do", "o", "dv", "X"), descriptor([*tokens, tiles.BV], element)),
         **dict.fromkeys(("transition", "inverse", "P"), descriptor([CHUNK, CHUNK], element)),
         "sums": descriptor([1, 2 * CHUNK], "fp32"),
         **dict.fromkeys(("from_start", "to_end", "erasing", "beta"), descriptor(row, "fp32")),
-        **dict.fromkeys(("states", "dstates"), descriptor([1, scan_module.BV, scan_module.BK], element)),
-        "written": descriptor([1, scan_module.BV, CHUNK], element),
+        **dict.fromkeys(("states", "dstates"), descriptor([1, tiles.BV, tiles.BK], element)),
+        "written": descriptor([1, tiles.BV, CHUNK], element),
         **dict.fromkeys(("scale", "score_scale"), "fp32"),
         **dict.fromkeys(("T", "SEGMENT", "items", "programs"), "i32"),
     }
@@ -95,7 +96,7 @@ KINDS = [
     ("bf16", 128, 256, True),
     ("fp16", 96, 384, False),
 ]
-ROLES = {"TO_COMPUTE": scan_module.REGISTERS_TO_COMPUTE, "TO_LOAD": scan_module.REGISTERS_TO_LOAD}
+ROLES = {"TO_COMPUTE": tiles.REGISTERS_TO_COMPUTE, "TO_LOAD": tiles.REGISTERS_TO_LOAD}
 
 
 def with_states(types: dict, constants: dict, names: tuple[str, ...], given: bool) -> tuple[dict, dict]:
@@ -108,10 +109,10 @@ def with_states(types: dict, constants: dict, names: tuple[str, ...], given: boo
 def test_the_scans_compile_and_fit(tmp_path, element, K, V, state):
     constants = {"H": 2, "HV": 4, "K": K, "V": V, "STAGES": scan_module.STAGES}
     types, constants = with_states(tiles_of(element), constants, ("initial_state", "final_state"), state)
-    check_built(built(tmp_path, scan_module.hopper_scan_kernel, types, constants | ROLES, scan_module.REGISTERS))
-    module = narrow_module
-    constants |= {"TO_READ": module.REGISTERS_TO_READ, "TO_LOAD": module.REGISTERS_TO_LOAD}
-    check_built(built(tmp_path, module.hopper_narrow_scan_kernel, types, constants, module.REGISTERS))
+    for module, kernel in ((scan_module, "hopper_scan_kernel"), (narrow_module, "hopper_narrow_scan_kernel")):
+        of = "REGISTERS_"
+        roles = {role.removeprefix(of): n for role, n in vars(module).items() if role.startswith(of)}
+        check_built(built(tmp_path, getattr(module, kernel), types, constants | roles, module.REGISTERS))
 
 
 @pytest.mark.parametrize("element, K, V, state", KINDS)

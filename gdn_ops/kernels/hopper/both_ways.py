@@ -43,6 +43,7 @@ from gdn_ops.kernels.hopper.tiles import (
     matrices,
     next_stage,
     rows_of,
+    scores,
     state_tile,
 )
 from gdn_ops.kernels.triton.chip import chip_of
@@ -265,7 +266,7 @@ def _back(
     qk_cj = likeness(q_s, k_s, 0, PARTS, part)
     D_cj = decays(c_s, 0, score_scale, C, PARTS, part)
     qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
-    keep_scores(qk_cj, D_cj, p_s.index(0), PARTS, part)
+    keep_scores(scores(qk_cj, D_cj, part, dtype), p_s.index(0), part)
     mbarrier.arrive(scored.index(0), count=1)
     token = first_token + (chunks - 1) * C
     row += (chunks - 1) * HV
@@ -307,7 +308,7 @@ def _back(
             tma.async_copy_shared_to_global(X, [b, hv, token, v0], n_tile)
         qk_cj, S_vk = warpgroup_mma_wait(0, deps=(qk_cj, S_vk))
         mbarrier.arrive(empty.index(stage), count=1)
-        keep_scores(qk_cj, D_cj, p_s.index((i + 1) & 1), PARTS, part)
+        keep_scores(scores(qk_cj, D_cj, part, dtype), p_s.index((i + 1) & 1), part)
         mbarrier.arrive(scored.index((i + 1) & 1), count=1)
         low_vk = S_vk.to(dtype)
         S_vk = S_vk * whole

@@ -44,9 +44,6 @@ from gdn_ops.kernels.hopper.tiles import (
     LEFT_K,
     OF_C,
     OF_K,
-    REGISTERS,
-    REGISTERS_TO_COMPUTE,
-    REGISTERS_TO_LOAD,
     decays,
     heads,
     keep_scores,
@@ -55,12 +52,15 @@ from gdn_ops.kernels.hopper.tiles import (
     next_stage,
     piece_of,
     rows_of,
+    scores,
     state_tile,
 )
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.intra_chunk import STRETCH, IntraChunk
 
 STAGES = 3
+# Of four warpgroups, one of them for the loader; those that compute have what the others leave.
+REGISTERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_SCORE, REGISTERS_TO_LOAD = 128, 216, 56, 24
 
 
 @gluon.jit
@@ -101,10 +101,36 @@ def _load(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: g
 
 
 @gluon.jit
+def _score(tiles, p_s, full, empty, scored, score_scale, chunks):
+    """``P`` of every chunk, as soon as that of the one before the last has been used."""
+    q_s, k_s, _, _, c_s, _, _ = tiles
+    STAGES: gl.constexpr = k_s.shape[0]
+    C: gl.constexpr = k_s.shape[3]
+    dtype: gl.constexpr = k_s.dtype
+    stage = 0
+    phase = 0
+    for i in range(chunks):
+        mbarrier.wait(full.index(stage), phase)
+        # The stage of the chunk before the last is the one that comes next.
+        stage_ahead, phase_ahead = next_stage(stage, phase, STAGES)
+        for part in gl.static_range(2):
+            qk_cj = likeness(q_s, k_s, stage, 2, part)
+            D_cj = decays(c_s, stage, score_scale, C, 2, part)
+            qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
+            P_cj = scores(qk_cj, D_cj, part, dtype)
+            if part == 0:
+                mbarrier.wait(empty.index(stage_ahead), phase_ahead ^ 1)
+            keep_scores(P_cj, p_s.index(i & 1), part)
+        mbarrier.arrive(scored.index(i & 1), count=1)
+        stage = stage_ahead
+        phase = phase_ahead
+
+
+@gluon.jit
 def _compute(
     o,
     states,
-    scales,
+    scale,
     place,
     tiles,
     p_s,
@@ -118,9 +144,8 @@ def _compute(
     part: gl.constexpr,
 ):
     initial_state, final_state = states
-    scale, score_scale = scales
     b, begin, hv, v0, segment, last, chunks = place
-    q_s, k_s, v_s, t_s, c_s, g_s, d_s = tiles
+    q_s, k_s, v_s, t_s, _, g_s, d_s = tiles
     STAGES: gl.constexpr = k_s.shape[0]
     C: gl.constexpr = k_s.shape[3]
     BK: gl.constexpr = k_s.shape[4]
@@ -136,60 +161,41 @@ def _compute(
         at = initial_state + (segment * HV + hv).to(gl.int64) * (K * V)
         offsets, mask = state_tile(v0, K, V, BK, BV)
         S_vk = gl.load(at + offsets, mask=mask, other=0.0).to(gl.float32)
-    S_low = gl.convert_layout(S_vk.to(dtype), LEFT_C)
-    mbarrier.wait(full.index(0), 0)
-    S_vk = S_vk * last_of(g_s.index(0))
     stage = 0
     phase = 0
     for i in range(chunks):
-        mbarrier.wait(full.index(stage), phase)
         q_ck = q_s.index(stage).reshape([C, BK])
         k_ck = k_s.index(stage).reshape([C, BK])
         v_cv = v_s.index(2 * stage + part).reshape([C, BV])
         t_jc = t_s.index(stage).permute((1, 0))
-        p_cc = p_s.index(i & 1)
-        qk_cj = likeness(q_s, k_s, stage, 2, part)
-        stored_vc = warpgroup_mma(S_low, k_ck.permute((1, 0)), none_c, use_acc=False, is_async=True)
-        w_vc = warpgroup_mma(v_cv.permute((1, 0)), t_jc, none_c, use_acc=False, is_async=True)
-
-        # Whoever arrives two chunks later has seen both warpgroups arrive one chunk later, and so be done with this P.
-        D_cj = decays(c_s, stage, score_scale, C, 2, part)
-        qk_cj = warpgroup_mma_wait(2, deps=(qk_cj,))
-        keep_scores(qk_cj, D_cj, p_cc, 2, part)
-        mbarrier.arrive(scored.index(i & 1), count=1)
-
-        grown_c = g_s.index(stage).reshape([C]).load(ALONG_C)
-        stored_vc, w_vc = warpgroup_mma_wait(0, deps=(stored_vc, w_vc))
-        erased_vc = gl.convert_layout((stored_vc * -grown_c[None, :]).to(dtype), LEFT_C)
-        new_vc = warpgroup_mma(erased_vc, t_jc, w_vc, is_async=True)
-        read_vc = warpgroup_mma(S_low, q_ck.permute((1, 0)), none_c, use_acc=False, is_async=True)
-        decay_c = d_s.index(stage).reshape([C]).load(ALONG_C)
-        new_vc = warpgroup_mma_wait(1, deps=(new_vc,))
-        decayed_vc = gl.convert_layout((new_vc * decay_c[None, :]).to(dtype), LEFT_K)
-        new_low = gl.convert_layout(new_vc.to(dtype), LEFT_C)
-        S_vk = warpgroup_mma(decayed_vc, k_ck, S_vk, is_async=True)
-        mbarrier.wait(scored.index(i & 1), i >> 1 & 1)
-        read_vc = warpgroup_mma_wait(1, deps=(read_vc,))
-        read_vc = read_vc * (grown_c * scale)[None, :]
-        o_vc = warpgroup_mma(new_low, p_cc.permute((1, 0)), read_vc, is_async=True)
-
-        # The state is scaled for the next chunk here, before that chunk's first product is issued: ptxas waits for all
-        # products where it cannot tell which of them made a register.
-        more = i + 1 < chunks
-        ahead, phase_ahead = next_stage(stage, phase, STAGES)
-        mbarrier.wait(full.index(ahead), phase_ahead, pred=more)
-        whole = gl.where(more, last_of(g_s.index(ahead)), 1.0)
-        S_vk = warpgroup_mma_wait(1, deps=(S_vk,))
         S_low = gl.convert_layout(S_vk.to(dtype), LEFT_C)
+        mbarrier.wait(full.index(stage), phase)
+        stored_vc = warpgroup_mma(S_low, k_ck.permute((1, 0)), none_c, use_acc=False, is_async=True)
+        read_vc = warpgroup_mma(S_low, q_ck.permute((1, 0)), none_c, use_acc=False, is_async=True)
+        whole = last_of(g_s.index(stage))
+        grown_c = g_s.index(stage).reshape([C]).load(ALONG_C)
+        stored_vc = warpgroup_mma_wait(1, deps=(stored_vc,))
+        erased_vc = gl.convert_layout((stored_vc * -grown_c[None, :]).to(dtype), LEFT_C)
+        read_vc, S_vk = warpgroup_mma_wait(0, deps=(read_vc, S_vk))
+        w_vc = warpgroup_mma(v_cv.permute((1, 0)), t_jc, none_c, use_acc=False, is_async=True)
+        new_vc = warpgroup_mma(erased_vc, t_jc, w_vc, is_async=True)
+        # While products run, ptxas lets only what has just been waited for be changed.
+        read_vc = read_vc * (grown_c * scale)[None, :]
         S_vk = S_vk * whole
+        new_vc = warpgroup_mma_wait(0, deps=(new_vc,))
+        decay_c = d_s.index(stage).reshape([C]).load(ALONG_C)
+        decayed_vc = gl.convert_layout((new_vc * decay_c[None, :]).to(dtype), LEFT_K)
+        S_vk = warpgroup_mma(decayed_vc, k_ck, S_vk, is_async=True)
+        new_low = gl.convert_layout(new_vc.to(dtype), LEFT_C)
+        mbarrier.wait(scored.index(i & 1), i >> 1 & 1)
+        o_vc = warpgroup_mma(new_low, p_s.index(i & 1).permute((1, 0)), read_vc, is_async=True)
         tma.store_wait(0)
         o_vc, S_vk = warpgroup_mma_wait(0, deps=(o_vc, S_vk))
         mbarrier.arrive(empty.index(stage), count=1)
         o_tile.reshape([C, BV]).permute((1, 0)).store(o_vc.to(dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(o, [b, hv, begin + i * C, v0], o_tile)
-        stage = ahead
-        phase = phase_ahead
+        stage, phase = next_stage(stage, phase, STAGES)
     if final_state is not None:  # noqa: SIM102, decided when it is compiled
         if last:
             at = final_state + (b * HV + hv).to(gl.int64) * (K * V)
@@ -220,6 +226,7 @@ def hopper_scan_kernel(
     V: gl.constexpr,
     STAGES: gl.constexpr,
     TO_COMPUTE: gl.constexpr,
+    TO_SCORE: gl.constexpr,
     TO_LOAD: gl.constexpr,
 ):
     """``SEGMENT`` chunks a segment; ``initial_state`` is a segment's, ``final_state`` a sequence's; both may be None.
@@ -246,22 +253,22 @@ def hopper_scan_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2):
-        mbarrier.init(scored.index(i), count=2)
+        mbarrier.init(scored.index(i), count=1)
     fence_async_shared()
 
     tensors = (q, k, v, transition, sums, from_start, to_end)
     tiles = (q_s, k_s, v_s, t_s, c_s, g_s, d_s)
     states = (initial_state, final_state)
-    scales = (scale, score_scale)
     place = (b, first * C, hv, v0, segment, last, chunks)
     gl.warp_specialize(
         [
-            (_compute, (o, states, scales, place, tiles, p_s, o_s, full, empty, scored, HV, K, V, 0)),
-            (_compute, (o, states, scales, place, tiles, p_s, o_s, full, empty, scored, HV, K, V, 1)),
+            (_compute, (o, states, scale, place, tiles, p_s, o_s, full, empty, scored, HV, K, V, 0)),
+            (_compute, (o, states, scale, place, tiles, p_s, o_s, full, empty, scored, HV, K, V, 1)),
+            (_score, (tiles, p_s, full, empty, scored, score_scale, chunks)),
             (_load, (tensors, tiles, full, empty, b, first * C, hv // (HV // H), hv, v0, b * NT + first, chunks, HV)),
         ],
-        [4, 1],
-        [TO_COMPUTE, TO_LOAD],
+        [4, 4, 1],
+        [TO_COMPUTE, TO_SCORE, TO_LOAD],
     )
 
 
@@ -276,6 +283,6 @@ def scan(
     hopper_scan_kernel[(table.segments * HV * triton.cdiv(V, 2 * BV),)](
         heads(q, BK), heads(k, BK), heads(v, BV), rows_of(x.T, CHUNK), rows_of(x.c_sum, 1), rows_of(x.from_start, 1),
         rows_of(x.to_end, 1), heads(o, BV), initial_state, final_state, scale, math.log2(scale / STRETCH), T, segment,
-        H=H, HV=HV, K=K, V=V, STAGES=STAGES, TO_COMPUTE=REGISTERS_TO_COMPUTE, TO_LOAD=REGISTERS_TO_LOAD,
-        num_warps=4, maxnreg=REGISTERS,
+        H=H, HV=HV, K=K, V=V, STAGES=STAGES, TO_COMPUTE=REGISTERS_TO_COMPUTE,
+        TO_SCORE=REGISTERS_TO_SCORE, TO_LOAD=REGISTERS_TO_LOAD, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip

@@ -69,11 +69,16 @@ def last_of(row):
 
 
 @gluon.jit
+def hidden(x):
+    """A number whose origin the compiler does not see, so that it does not keep what follows from it in registers from
+    one use to the next."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def state_tile(first, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr):
-    """Offsets in a state ``[K, V]`` of a tile ``[BV, BK]``, and what of it exists. Where ``first`` comes from is hidden
-    from the compiler, which would keep the tile in registers from one use to the next."""
-    first = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [first], dtype=gl.int32, is_pure=False, pack=1)
-    in_v = first + gl.arange(0, BV, gl.SliceLayout(1, OF_K))
+    """Offsets in a state ``[K, V]`` of a tile ``[BV, BK]``, and what of it exists."""
+    in_v = hidden(first) + gl.arange(0, BV, gl.SliceLayout(1, OF_K))
     in_k = gl.arange(0, BK, gl.SliceLayout(0, OF_K))
     return in_k[None, :] * V + in_v[:, None], (in_v < V)[:, None] & (in_k < K)[None, :]
 
@@ -105,13 +110,20 @@ def decays(c_s, stage, score_scale, C: gl.constexpr, PARTS: gl.constexpr, part: 
 
 
 @gluon.jit
-def keep_scores(qk_cj, D_cj, p_cc, PARTS: gl.constexpr, part: gl.constexpr):
+def scores(qk_cj, D_cj, part: gl.constexpr, dtype: gl.constexpr):
+    """A warpgroup's columns of ``P``."""
     C: gl.constexpr = qk_cj.shape[0]
     WIDTH: gl.constexpr = qk_cj.shape[1]
     rows = gl.arange(0, C, gl.SliceLayout(1, qk_cj.type.layout))
     columns = gl.arange(0, WIDTH, gl.SliceLayout(0, qk_cj.type.layout))
-    lower = rows[:, None] >= part * WIDTH + columns[None, :]
-    p_cc.slice(part * WIDTH, WIDTH, 1).store(gl.where(lower, qk_cj * D_cj, 0.0).to(p_cc.dtype))
+    lower = rows[:, None] >= hidden(part * WIDTH) + columns[None, :]
+    return gl.where(lower, qk_cj * D_cj, 0.0).to(dtype)
+
+
+@gluon.jit
+def keep_scores(P_cj, p_cc, part: gl.constexpr):
+    WIDTH: gl.constexpr = P_cj.shape[1]
+    p_cc.slice(part * WIDTH, WIDTH, 1).store(P_cj)
     fence_async_shared()
 
 
