@@ -42,18 +42,22 @@ class Call(NamedTuple):
 
 
 @contextmanager
-def cutting(shortest_segment: int | None = None, batch_invariant: bool = False) -> Iterator[None]:
+def cutting(
+    shortest_segment: int | None = None, batch_invariant: bool = False, largest_group: int | None = None
+) -> Iterator[None]:
     """Inside, a segment may be as short as ``shortest_segment`` chunks, and two are enough; with ``batch_invariant``,
-    none is cut."""
-    segments = importlib.import_module(f"{PACKAGE}.segments")
-    usual = segments.SHORTEST, segments.FEWEST
+    none is cut. A group of the backward has at most ``largest_group`` bytes, if it can, and may have one."""
+    segments, groups = (importlib.import_module(f"{PACKAGE}.{name}") for name in ("segments", "groups"))
+    usual = segments.SHORTEST, segments.FEWEST, groups.SMALLEST, groups.LARGEST
     if shortest_segment is not None:
         segments.SHORTEST, segments.FEWEST = shortest_segment, 2
+    if largest_group is not None:
+        groups.SMALLEST, groups.LARGEST = 1, largest_group
     try:
         with whole_sequences() if batch_invariant else nullcontext():
             yield
     finally:
-        segments.SHORTEST, segments.FEWEST = usual
+        segments.SHORTEST, segments.FEWEST, groups.SMALLEST, groups.LARGEST = usual
 
 
 def call(entry: str, *args: Any, **cut: Any) -> Call:

@@ -25,11 +25,13 @@ from gdn_ops.kernels.hopper import scan as scan_module
 from gdn_ops.kernels.hopper import tiles
 from gdn_ops.kernels.hopper.both_ways import hopper_both_ways_kernel
 from gdn_ops.kernels.triton.chip import CHIPS, as_if_on
+from gdn_ops.kernels.triton.chunk_backward import chunk_backward
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
 from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
 from gdn_ops.kernels.triton.intra_chunk import STRETCH, intra_chunk
 from gdn_ops.kernels.triton.launch import traced
 from gdn_ops.kernels.triton.segments import segment_length
+from tests.kernels.interpreter import cutting
 from tests.kernels.roles import roles_kernel
 from tests.kernels.triton_rule import (
     arguments_of,
@@ -471,6 +473,43 @@ def test_gradients(monkeypatch, any_width, dtype, B, T, H, HV, K, V, state):
     again = chunk(x, *cotangents(x))
     assert len(made) == 2
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize(
+    "B, T, H, HV, V, segment",
+    [
+        (4, 512, 4, 8, 128, None),
+        (4, 512, 4, 8, 256, None),
+        (1, 4096, 2, 4, 128, 8),  # alone, a head is cut as it is in company
+    ],
+)
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_groups_give_the_same_bits_in_less_memory(monkeypatch, any_width, B, T, H, HV, V, segment, state):
+    started = []
+    original = gradients_module.gradients
+    monkeypatch.setattr(gradients_module, "gradients", lambda *args: (started.append(1), original(*args)))
+    x = make_inputs(B, T, H, HV, 128, V, torch.bfloat16, "cuda", initial_state=state)
+    do, ds = cotangents(x)
+    assert segment_length(x["q"], x["v"], None, ways=2) == segment
+    size = B * (T // CHUNK) * HV * V * (2 * 128 + CHUNK) * 2
+
+    def run(largest: int | None, groups: int) -> tuple[tuple[torch.Tensor, ...], int]:
+        """Gradients, and the most memory on the way there."""
+        started.clear()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with cutting(largest_group=largest):
+            grads = chunk_backward(do, ds, *arguments_of(x), scale_of(x))
+        assert len(started) == groups
+        return grads, torch.cuda.max_memory_allocated() - before
+
+    whole, peak = run(None, 1)
+    for largest, groups in ((size // 2, 2), (1, B * H)):
+        parts, less = run(largest, groups)
+        assert all(map(torch.equal, whole, parts))
+        assert less < peak - size // 4
 
 
 @gpu

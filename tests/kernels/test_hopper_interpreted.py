@@ -19,7 +19,7 @@ from gdn_ops.kernels.triton.chunk_forward import chunk_forward
 from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
 from tests.kernels import gluon_interpreter
 from tests.kernels.gluon_interpreter import Barrier, interpreted
-from tests.kernels.interpreter import call
+from tests.kernels.interpreter import call, cutting
 from tests.kernels.triton_rule import arguments_of, check_inverse, inverse_inputs, scale_of
 from tests.oracle import GRADIENTS, assert_all_close, assert_close, cotangents, expected, make_inputs
 
@@ -124,6 +124,24 @@ def test_gradients(monkeypatch, B, T, H, HV, K, V, multiprocessors, dtype, state
     want = expected(x, scale_of(x), do=do, ds=ds)
     names = [n for n in GRADIENTS if x[n] is not None]
     assert_all_close({"d" + n: g for n, g in zip(names, got)}, {"d" + n: want["d" + n] for n in names}, dtype)
+
+
+@pytest.mark.parametrize(
+    "B, T, H, HV, K, V", [(2, 70, 2, 4, 128, 128), (1, 130, 2, 4, 80, 256), (2, 64, 3, 3, 128, 256)]
+)
+@pytest.mark.parametrize("multiprocessors", [132, 2], ids=["room", "no room"])
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_key_heads_one_after_the_other_give_the_same_bits(monkeypatch, B, T, H, HV, K, V, multiprocessors, state):
+    monkeypatch.setattr(hopper, "WIDEST_SEEN", 512)
+    x = make_inputs(B, T, H, HV, K, V, BF16, initial_state=state)
+    do, ds = cotangents(x)
+    got = []
+    for largest, starts in ((None, 1), (1, B * H)):
+        with interpreted(multiprocessors) as kernels, cutting(largest_group=largest):
+            got.append(chunk_backward(do, ds if state else None, *arguments_of(x), scale_of(x)))
+        names = ("invert", "both_ways", "gradient")
+        assert [kernels[f"hopper_{name}_kernel"].started for name in names] == [starts] * 3
+    assert all(map(torch.equal, *got))
 
 
 @pytest.mark.parametrize("enters", [True, False])

@@ -428,7 +428,7 @@ def gradients(
     x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, v: Tensor, states: Tensor, dstates: Tensor, written: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor, dg: Tensor, dbeta: Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """``dg, dbeta [B, T, HV]``, contiguous, as are dq, dk, dv; ``dv`` holds X before."""
+    """``dg, dbeta [B, T, HV]`` are contiguous, heads of dq, dk, dv may be some of more; ``dv`` holds X before."""
     B, T, H, _ = q.shape
     HV, V = v.shape[2:]
     of_members = heads(dv.view(B, T, -1, SIZE), SIZE)

@@ -26,7 +26,8 @@
    row sums of what is there already: ``dbeta = X . V - R . K``, and of c, ``Q . dQ + (K in rows) . dK - (K in
    columns) . dK``, which a reverse cumulative sum turns into that of g.
 
-Wide keys take several programs a chunk, which leave their parts of dg and dbeta to a sum in torch: no atomics.
+Wide keys take several programs a chunk, which leave their parts of dg and dbeta to a sum in torch: no atomics. Parts of
+a large call take turns in the same memory (``groups.py``).
 Source of the chunk form: arXiv 2412.06464, section 3.3; the tests check the derivation against autograd.
 """
 
@@ -53,6 +54,7 @@ from gdn_ops.kernels.triton.chunk_forward import (
 )
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable, chunk_of, chunk_table, segment_of
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
+from gdn_ops.kernels.triton.groups import groups
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk, intra_chunk, precision_of, strides_of
 from gdn_ops.kernels.triton.launch import launch
 from gdn_ops.kernels.triton.segments import combine, maps, segment_length
@@ -591,7 +593,7 @@ def stays_whole(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, s
 
 
 def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, scale) -> tuple[Tensor, ...]:
-    """The same for aligned inputs of at least two tokens."""
+    """The same for aligned inputs of at least two tokens, group by group."""
     (B, T, H, K), (HV, V), device = q.shape, v.shape[2:], q.device
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dS = torch.empty((0 if initial_state is None else N, HV, K, V), dtype=torch.float32, device=device)
@@ -599,9 +601,37 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
         if initial_state is not None:
             dS.zero_() if dfinal_state is None else dS.copy_(dfinal_state)
         return *(torch.zeros(x.shape, dtype=x.dtype, device=device) for x in (q, k, v, g, beta)), dS
-    table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2))
     on_hopper = hopper.serves_gradients(q, k, v, do, scale, cu_seqlens)
-    leave = None if initial_state is None else dS
+    rest = (cu_seqlens, scale, on_hopper)
+    states = (dfinal_state, initial_state, None if initial_state is None else dS)
+    parts = groups(q, v, cu_seqlens, by_heads=on_hopper)
+    if len(parts) == 1:
+        return *_group(do, *states, q, k, v, g, beta, *rest), dS
+    dq, dk, dv, dg, dbeta = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v, g, beta))
+    for rows, heads in parts:
+        of_values = slice(heads.start * (HV // H), heads.stop * (HV // H))
+        keys, values = (rows, slice(None), heads), (rows, slice(None), of_values)
+        # Contiguous, for heads are parted within a row.
+        some = (None if x is None else x[rows, of_values] for x in states)
+        inputs = (q[keys], k[keys], v[values], g[values], beta[values])
+        outputs = {"dq": dq[keys], "dk": dk[keys], "dv": dv[values]}
+        *_, dg[values], dbeta[values] = _group(do[values], *some, *inputs, *rest, **outputs)
+    return dq, dk, dv, dg, dbeta, dS
+
+
+def _group(
+    do, dfinal_state, initial_state, leave, q, k, v, g, beta, cu_seqlens, scale, on_hopper, dq=None, dk=None, dv=None
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, g, beta; that of the initial state goes into ``leave`` (or None). Where ``dq, dk, dv`` are
+    not given, they are made when they are needed, in memory that is free by then."""
+    (B, T, H, K), (HV, V), device = q.shape, v.shape[2:], q.device
+    # Tokens after the last packed sequence belong to none: their gradients are zeros.
+    make = torch.empty if cu_seqlens is None else torch.zeros
+
+    def place(given: Tensor | None, like: Tensor) -> Tensor:
+        return make(like.shape, dtype=like.dtype, device=device) if given is None else given
+
+    table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2))
     before, after = initial_state, dfinal_state
     map_back, run = reverse_maps, scan_both_ways
     if on_hopper:  # loaded where they serve: another version of Triton may not have what they need
@@ -622,7 +652,7 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
     states = torch.empty((table.chunks, HV, V, K), dtype=q.dtype, device=device)
     written = torch.empty((table.chunks, HV, V, CHUNK), dtype=q.dtype, device=device)
     dstates = torch.empty_like(states)
-    X = torch.empty(v.shape, dtype=v.dtype, device=device) if on_hopper else torch.empty_like(written)
+    X = place(dv, v) if on_hopper else torch.empty_like(written)
     run(
         x, do, k, v, table, before=before, after=after, leave=leave, states=states, written=written, dstates=dstates,
         X=X,
@@ -631,13 +661,11 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
     dP, dA = x.P, None if on_hopper else x.inverse
     x = x._replace(T=None, grown_q=None, P=None, inverse=None)
     if on_hopper:
-        dq, dk = (torch.empty(like.shape, dtype=like.dtype, device=device) for like in (q, k))
+        dq, dk = place(dq, q), place(dk, k)
         dg, dbeta = (torch.empty((B, T, HV), dtype=like.dtype, device=device) for like in (g, beta))
         gradients(x, do, q, k, v, states, dstates, written, dq, dk, X, dg, dbeta, scale)
-        return dq, dk, X, dg, dbeta, dS
-    # Tokens after the last packed sequence belong to none: their gradients are zeros.
-    make = torch.empty if cu_seqlens is None else torch.zeros
-    dq, dk, dv = (make(like.shape, dtype=like.dtype, device=device) for like in (q, k, v))
+        return dq, dk, X, dg, dbeta
+    dq, dk, dv = place(dq, q), place(dk, k), place(dv, v)
     dbeta_of_value = torch.empty((B, T, HV), dtype=torch.float32, device=device)
     configuration = key_gradient_configuration(q, K, V)
     tiles = triton.cdiv(K, configuration["BK"])
@@ -656,7 +684,7 @@ def _backward(do, dfinal_state, initial_state, q, k, v, g, beta, cu_seqlens, sca
         stride_part=B * T * HV, **strides_of("q", q), **strides_of("k", k), H=H, K=K, **configuration, **shape,
     )  # fmt: skip
     dg, dbeta = (part[0] if tiles == 1 else part.sum(0).to(x.dtype) for part, x in ((dg, g), (dbeta, beta)))
-    return dq, dk, dv, dg, dbeta, dS
+    return dq, dk, dv, dg, dbeta
 
 
 def ahead_of_time_cases() -> list[CompileCase]:
