@@ -649,6 +649,7 @@ def _group(
         # M is that of the way back, too; B has been used, and its memory takes the other one.
         map_back(x, do, k, table, enter=dfinal_state, leave=segments.B)
         after = combine(segments, dfinal_state, leave, q, T, table, reverse=True)
+        del segments
     states = torch.empty((table.chunks, HV, V, K), dtype=q.dtype, device=device)
     written = torch.empty((table.chunks, HV, V, CHUNK), dtype=q.dtype, device=device)
     dstates = torch.empty_like(states)
