@@ -226,7 +226,6 @@ def test_inductor_sees_the_triton_kernels(name, width):
 def test_large_calls_on_hopper_stay_whole(monkeypatch, mode, V):
     """Inductor does not take their kernels. A graph for any length, traced at a large one, serves small ones as well.
     Where values are no multiple of 128 wide, all that goes for the forward alone."""
-    monkeypatch.setattr(hopper, "WIDEST_SEEN", 512)
     compiled = torch.compile(gdn_ops.chunk_gated_delta_rule, mode=mode, fullgraph=True)
 
     def run(rule, T):

@@ -250,9 +250,9 @@ def test_which_scan_takes_a_call(B, HV, V, segment, room):
         ({"V": 200, "gradients": False}, True),
         ({"V": 96, "gradients": False}, True),
         ({"V": 96}, False),
-        ({"V": 256, "seen": 512}, True),
-        ({"V": 384, "seen": 512}, True),
-        ({"V": 256}, False),
+        ({"V": 256}, True),
+        ({"V": 512}, True),
+        ({"V": 640}, False),
         ({"V": 200}, False),
         ({"V": 320}, False),
         ({"V": 64}, False),
@@ -266,7 +266,6 @@ def test_which_scan_takes_a_call(B, HV, V, segment, room):
 )
 def test_what_a_compiled_graph_leaves_to_these_kernels(monkeypatch, change, whole):
     at = {"T": 8192, "K": 128, "V": 128, "dtype": torch.bfloat16, "packed": False, "gradients": True, **change}
-    monkeypatch.setattr(hopper, "WIDEST_SEEN", at.get("seen", hopper.WIDEST_SEEN))
     q, v = (torch.empty(1, at["T"], 8, at[width], dtype=at["dtype"], device="meta") for width in "KV")
     bounds = torch.empty(3, dtype=torch.int32, device="meta") if at["packed"] else None
     assert not hopper.serves_whole(q, v, bounds, at["gradients"])  # no such GPU
@@ -304,12 +303,6 @@ def calls(monkeypatch, request):
     monkeypatch.setattr(module, name, scan)
     monkeypatch.setattr(hopper, "has_room", lambda *args: module is narrow_module)
     return made
-
-
-@pytest.fixture
-def any_width(monkeypatch):
-    """Gradients of all widths that the kernels are written for."""
-    monkeypatch.setattr(hopper, "WIDEST_SEEN", 512)
 
 
 SHAPES = [
@@ -464,7 +457,7 @@ def test_inside_a_cuda_graph(calls):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
-def test_gradients(monkeypatch, any_width, dtype, B, T, H, HV, K, V, state):
+def test_gradients(monkeypatch, dtype, B, T, H, HV, K, V, state):
     made = []
     original = gradients_module.gradients
     monkeypatch.setattr(gradients_module, "gradients", lambda *args: (made.append(args), original(*args)))
@@ -486,7 +479,7 @@ def test_gradients(monkeypatch, any_width, dtype, B, T, H, HV, K, V, state):
     ],
 )
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
-def test_groups_give_the_same_bits_in_less_memory(monkeypatch, any_width, B, T, H, HV, V, segment, state):
+def test_groups_give_the_same_bits_in_less_memory(monkeypatch, B, T, H, HV, V, segment, state):
     started = []
     original = gradients_module.gradients
     monkeypatch.setattr(gradients_module, "gradients", lambda *args: (started.append(1), original(*args)))
@@ -515,7 +508,7 @@ def test_groups_give_the_same_bits_in_less_memory(monkeypatch, any_width, B, T, 
 @gpu
 @on_hopper
 @pytest.mark.parametrize("B, T, H, HV, V", [(2, 130, 1, 2, 256), (1, 300, 2, 4, 384), (1, 2000, 1, 1, 512)])
-def test_wide_values_are_heads_of_128(any_width, B, T, H, HV, V):
+def test_wide_values_are_heads_of_128(B, T, H, HV, V):
     x = make_inputs(B, T, H, HV, 128, V, torch.bfloat16, "cuda", initial_state=True)
     whole, parts = chunk(x, *cotangents(x)), by_columns(chunk, x, 128)
     for name in whole:
@@ -525,7 +518,7 @@ def test_wide_values_are_heads_of_128(any_width, B, T, H, HV, V):
 @gpu
 @on_hopper
 @pytest.mark.parametrize("V", [128, 256])
-def test_gradients_of_strided_tokens(any_width, V):
+def test_gradients_of_strided_tokens(V):
     """Heads that are further apart than they are wide."""
     x = make_inputs(2, 200, 2, 4, 128, V, torch.bfloat16, "cuda", initial_state=True)
     do, ds = cotangents(x)

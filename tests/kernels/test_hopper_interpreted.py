@@ -115,7 +115,6 @@ def test_segments_begin_with_their_own_states(scan):
 @pytest.mark.parametrize("multiprocessors", [132, 2], ids=["room", "no room"])  # one, two warpgroups a program
 @pytest.mark.parametrize("dtype, state", [(BF16, True), (FP16, False)])
 def test_gradients(monkeypatch, B, T, H, HV, K, V, multiprocessors, dtype, state):
-    monkeypatch.setattr(hopper, "WIDEST_SEEN", 512)
     x = make_inputs(B, T, H, HV, K, V, dtype, initial_state=state)
     do, ds = cotangents(x)
     with interpreted(multiprocessors) as kernels:
@@ -132,7 +131,6 @@ def test_gradients(monkeypatch, B, T, H, HV, K, V, multiprocessors, dtype, state
 @pytest.mark.parametrize("multiprocessors", [132, 2], ids=["room", "no room"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
 def test_key_heads_one_after_the_other_give_the_same_bits(monkeypatch, B, T, H, HV, K, V, multiprocessors, state):
-    monkeypatch.setattr(hopper, "WIDEST_SEEN", 512)
     x = make_inputs(B, T, H, HV, K, V, BF16, initial_state=state)
     do, ds = cotangents(x)
     got = []

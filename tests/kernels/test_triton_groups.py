@@ -27,6 +27,13 @@ from tests.kernels.triton_rule import backward
 from tests.oracle import DEVICES, cotangents, make_inputs
 
 BF16, FP32 = torch.bfloat16, torch.float32
+SMALLEST = module.SMALLEST
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch):
+    """The rule shows at sizes that a machine computes in no time."""
+    monkeypatch.setattr(module, "SMALLEST", 64 << 20)
 
 
 def call_of(B: int, T: int, H: int, HV: int, D: int = 128, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:
@@ -71,6 +78,13 @@ def lengths(parts: list[tuple[slice, slice]]) -> list[tuple[int, int]]:
 def test_the_groups_of_a_call_on_an_h100(B, T, H, HV, D, by_heads, want):
     with as_if_on(CHIPS["sm_90"]):
         assert lengths(groups(*call_of(B, T, H, HV, D), None, by_heads)) == want
+
+
+@pytest.mark.parametrize("B, T, want", [(1, 8192, [1]), (3, 8192, [3]), (4, 8192, [2] * 2), (8, 4096, [4] * 2)])
+def test_groups_are_large(monkeypatch, B, T, want):
+    monkeypatch.setattr(module, "SMALLEST", SMALLEST)
+    with as_if_on(CHIPS["sm_90"]):
+        assert lengths(groups(*call_of(B, T, 16, 32), None, True)) == [(rows, 16) for rows in want]
 
 
 def test_packed_and_recorded_calls_stay_whole():

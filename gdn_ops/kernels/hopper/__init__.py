@@ -19,9 +19,9 @@ from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.launch import is_traced
 
-# The widest values whose gradients here have run on the chip. They are written for all multiples of 128, up to 512
-# interpreted and compiled in the tests; wider ones have the portable kernels until they have run.
-WIDEST_SEEN = 128
+# The widest values whose gradients here have run on the chip. They are written for all multiples of 128; wider ones
+# have the portable kernels until they have run.
+WIDEST_SEEN = 512
 # Columns of values that a program of the narrow scan takes; the other one takes twice as many.
 NARROW = 64
 # Tokens times heads from which on a call is left whole: the GPU then takes some .1 ms forward and .3 ms backward, by

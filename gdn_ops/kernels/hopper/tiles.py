@@ -7,6 +7,8 @@ of log2: differences of fp64 are slow.
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -127,25 +129,29 @@ def keep_scores(P_cj, p_cc, part: gl.constexpr):
     fence_async_shared()
 
 
+@cache
+def _layout(swizzle: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=rank)
+
+
 def heads(x: Tensor, width: int) -> TensorDescriptor:
     """Tiles of ``CHUNK`` tokens by ``width`` features of ``x [B, T, H, features]``."""
-    x = x.transpose(1, 2)
+    B, T, H, features = x.shape
+    b, t, h, _ = x.stride()
     # The stride of an axis of one is never used, and may be any number.
-    strides = [stride if size > 1 else 16 for size, stride in zip(x.shape[:-1], x.stride())]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, CHUNK, width], layout)
+    strides = [b if B > 1 else 16, h if H > 1 else 16, t if T > 1 else 16, 1]
+    return TensorDescriptor(x, [B, H, T, features], strides, [1, 1, CHUNK, width], _layout(128, 16, 4))
 
 
 def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
     """``rows`` rows of ``x [..., width]``, which is contiguous."""
-    x = x.view(-1, x.shape[-1])
-    bits = 8 * x.element_size()
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128 if rows > 1 else 0, element_bitwidth=bits, rank=2)
-    return TensorDescriptor(x, list(x.shape), [x.shape[-1], 1], [rows, x.shape[-1]], layout)
+    width = x.shape[-1]
+    layout = _layout(128 if rows > 1 else 0, 8 * x.element_size(), 2)
+    return TensorDescriptor(x, [x.numel() // width, width], [width, 1], [rows, width], layout)
 
 
 def matrices(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Tiles of the matrices ``x [chunks, HV, rows, columns]``."""
-    x = x.flatten(0, 1)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, columns], layout)
+    """Tiles of the matrices ``x [chunks, HV, rows, columns]``, which is contiguous."""
+    chunks, HV, *shape = x.shape
+    of_one = shape[0] * shape[1]
+    return TensorDescriptor(x, [chunks * HV, *shape], [of_one, shape[1], 1], [1, rows, columns], _layout(128, 16, 3))
