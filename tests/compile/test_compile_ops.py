@@ -8,7 +8,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 import gdn_ops
-from gdn_ops.kernels import hopper
 from tests.oracle import (
     DEVICES,
     TOLERANCE,

@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import gdn_ops
-from gdn_ops.kernels import hopper
 from tests.oracle import make_conv_inputs, make_inputs, make_inputs_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
