@@ -80,7 +80,7 @@ def test_the_groups_of_a_call_on_an_h100(B, T, H, HV, D, by_heads, want):
         assert lengths(groups(*call_of(B, T, H, HV, D), None, by_heads)) == want
 
 
-@pytest.mark.parametrize("B, T, want", [(1, 8192, [1]), (3, 8192, [3]), (4, 8192, [2] * 2), (8, 4096, [4] * 2)])
+@pytest.mark.parametrize("B, T, want", [(1, 8192, [1]), (6, 8192, [6]), (8, 8192, [4] * 2), (16, 4096, [8] * 2)])
 def test_groups_are_large(monkeypatch, B, T, want):
     monkeypatch.setattr(module, "SMALLEST", SMALLEST)
     with as_if_on(CHIPS["sm_90"]):

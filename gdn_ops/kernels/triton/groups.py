@@ -21,11 +21,11 @@ from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
 from gdn_ops.kernels.triton.launch import is_traced
 from gdn_ops.kernels.triton.segments import segment_length
 
-# Bytes of S, dS and V' of a group: of all groups of a call in the mean at least so many, for each takes launches, some
-# .5 ms of the host's time, for which the GPU should have work of its own; and at most so many of any, where there are
-# rows and heads to part, also at the price of time and of sequences cut into segments, which round otherwise. Infinite:
-# groups cost the GPU no time.
-SMALLEST, LARGEST = 512 << 20, math.inf
+# Bytes of S, dS and V' of a group: of all groups of a call in the mean at least so many, for the host takes 1.3 ms to
+# start each, by when a GPU should have work for longer; and at most so many of any, where there are rows and heads to
+# part, also at the price of time and of sequences cut into segments, which round otherwise. Infinite: groups cost the
+# GPU no time.
+SMALLEST, LARGEST = 1 << 30, math.inf
 
 
 def _lengths(whole: int, parts: int) -> list[int]:
