@@ -2,17 +2,19 @@
 
 Why another one: Triton waits for every product of the scan where it is issued, starts each load by instructions of
 the warps that compute, and needs ``P`` from a kernel of its own, which reads q and k again and writes half as much as
-``v`` holds. Here a program has three roles:
+``v`` holds. Here a program has four roles:
 
 - **a loader**, one warp, keeps ``STAGES`` chunks of tiles in flight by the copy engine (TMA): q, k, v, ``T``, the
   decays. A mbarrier says that a chunk is there, another that it may be overwritten.
+- **a warpgroup** leaves the scores ``P = scale (Q K^T) * D`` in shared memory, a chunk or two ahead.
 - **two warpgroups**, each with ``BV = 64`` columns of values and its part of the state, transposed as in the portable
-  scan. They share what is loaded; while one rounds what its product left in registers, the tensor cores work for the
-  other. Each computes half of the scores, 32 columns of ``P = scale (Q K^T) * D``, and leaves it in shared memory::
+  scan. They share what is loaded and wait for nothing of each other, so that one rounds what its product left in
+  registers while the tensor cores work for the other::
 
-      W^T = V^T T^T                                       nothing of it waits for the state
-      V'^T = W^T - (exp(c) * (S^T K^T)) T^T
-      S^T <- exp(c_C) S^T + (exp(c_C - c) * V'^T) K       while it runs: O^T = scale * exp(c) * (S^T Q^T) + V'^T P^T
+      S^T K^T and S^T Q^T                                 the one is rounded while the other runs
+      V'^T = V^T T^T - (exp(c) * (S^T K^T)) T^T           while it runs, the state is scaled by exp(c_C)
+      S^T <- exp(c_C) S^T + (exp(c_C - c) * V'^T) K
+      O^T = scale * exp(c) * (S^T Q^T) + V'^T P^T
 
 Outputs pass shared memory once more, transposed on the way, and leave by the copy engine, which leaves out what is past
 the end of the sequence. What was tried on the way is in docs/kernels.md.
