@@ -24,8 +24,8 @@ from gdn_ops.kernels.triton.launch import is_traced
 WIDEST_SEEN = 512
 # Columns of values that a program of the narrow scan takes; the other one takes twice as many.
 NARROW = 64
-# Tokens times heads from which on a call is left whole: the GPU then takes some .1 ms forward and .3 ms backward. A host
-# took .8 to 1.2 ms to start a backward's kernels, which the rest of a layer has to hide. An estimate.
+# Tokens times heads from which on a call is left whole: the GPU then takes some .1 ms forward and .3 ms backward. To
+# start a backward's kernels a host took .8 to 1.2 ms, which the rest of a layer has to hide. An estimate.
 TOKENS_TO_PAY = 1 << 16
 
 
