@@ -222,7 +222,7 @@ def test_inductor_sees_the_triton_kernels(name, width):
 @on_hopper
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("V", [128, 256, 200])
-def test_large_calls_on_hopper_stay_whole(monkeypatch, mode, V):
+def test_large_calls_on_hopper_stay_whole(mode, V):
     """Inductor does not take their kernels. A graph for any length, traced at a large one, serves small ones as well.
     Where values are no multiple of 128 wide, all that goes for the forward alone."""
     compiled = torch.compile(gdn_ops.chunk_gated_delta_rule, mode=mode, fullgraph=True)

@@ -18,12 +18,12 @@ from triton.experimental.gluon._runtime import GluonASTSource
 import gdn_ops
 from gdn_ops.kernels import hopper
 from gdn_ops.kernels.batch_invariance import batch_invariant
+from gdn_ops.kernels.hopper import both_ways as both_ways_module
 from gdn_ops.kernels.hopper import gradients as gradients_module
 from gdn_ops.kernels.hopper import invert as invert_module
 from gdn_ops.kernels.hopper import narrow_scan as narrow_module
 from gdn_ops.kernels.hopper import scan as scan_module
 from gdn_ops.kernels.hopper import tiles
-from gdn_ops.kernels.hopper.both_ways import hopper_both_ways_kernel
 from gdn_ops.kernels.triton.chip import CHIPS, as_if_on
 from gdn_ops.kernels.triton.chunk_backward import chunk_backward
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
@@ -98,7 +98,12 @@ KINDS = [
     ("bf16", 128, 256, True),
     ("fp16", 96, 384, False),
 ]
-ROLES = {"TO_COMPUTE": tiles.REGISTERS_TO_COMPUTE, "TO_LOAD": tiles.REGISTERS_TO_LOAD}
+
+
+def roles_of(module) -> dict[str, int]:
+    """Registers by the names that its kernel has for them."""
+    of = "REGISTERS_"
+    return {name.removeprefix(of): n for name, n in vars(module).items() if name.startswith(of)}
 
 
 def with_states(types: dict, constants: dict, names: tuple[str, ...], given: bool) -> tuple[dict, dict]:
@@ -112,23 +117,23 @@ def test_the_scans_compile_and_fit(tmp_path, element, K, V, state):
     constants = {"H": 2, "HV": 4, "K": K, "V": V, "STAGES": scan_module.STAGES}
     types, constants = with_states(tiles_of(element), constants, ("initial_state", "final_state"), state)
     for module, kernel in ((scan_module, "hopper_scan_kernel"), (narrow_module, "hopper_narrow_scan_kernel")):
-        of = "REGISTERS_"
-        roles = {role.removeprefix(of): n for role, n in vars(module).items() if role.startswith(of)}
-        check_built(built(tmp_path, getattr(module, kernel), types, constants | roles, module.REGISTERS))
+        check_built(built(tmp_path, getattr(module, kernel), types, constants | roles_of(module), module.REGISTERS))
 
 
 @pytest.mark.parametrize("element, K, V, state", KINDS)
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("maps", [False, True], ids=["both ways", "maps"])
 def test_both_scans_compile_and_fit(tmp_path, element, K, V, state, parts, maps):
-    constants = {"H": 2, "HV": 4, "K": K, "V": V, "PARTS": parts, "STAGES": 4 - parts, "MAP": maps, **ROLES}
+    constants = {"H": 2, "HV": 4, "K": K, "V": V, "PARTS": parts, "STAGES": 4 - parts, "MAP": maps}
+    constants |= roles_of(both_ways_module)
     types, constants = with_states(tiles_of(element), constants, ("after",) if maps else ("before", "after"), state)
     types, constants = with_states(types, constants, ("leave",), state or maps)
     if maps:
         nothing = ("v", "transition", "states", "written", "dstates", "X", "before")
         types, constants = with_states(types, constants, nothing, False)
         types = {name: of for name, of in types.items() if name not in nothing}
-    check_built(built(tmp_path, hopper_both_ways_kernel, types, constants, 248 if parts == 1 else 168), 128)
+    kernel = both_ways_module.hopper_both_ways_kernel
+    check_built(built(tmp_path, kernel, types, constants, 248 if parts == 1 else 168), 128)
 
 
 @pytest.mark.parametrize("element", ["bf16", "fp16"])
@@ -138,8 +143,7 @@ def test_the_gradients_compile_and_fit(tmp_path, element, HV, V):
     types = tiles_of(element) | dict.fromkeys(("v", "do", "dv", "X"), wide) | dict.fromkeys(("dg", "dbeta"), "*fp32")
     types["written"] = descriptor([1, 128, CHUNK], element)
     module = gradients_module
-    constants = {"H": 2, "HV": HV, "V": V}
-    constants |= {"TO_COMPUTE": module.REGISTERS_TO_COMPUTE, "TO_HELP": module.REGISTERS_TO_HELP}
+    constants = {"H": 2, "HV": HV, "V": V} | roles_of(module)
     check_built(built(tmp_path, module.hopper_gradient_kernel, types, constants, module.REGISTERS), 1024)
 
 

@@ -114,7 +114,7 @@ def test_segments_begin_with_their_own_states(scan):
 )
 @pytest.mark.parametrize("multiprocessors", [132, 2], ids=["room", "no room"])  # one, two warpgroups a program
 @pytest.mark.parametrize("dtype, state", [(BF16, True), (FP16, False)])
-def test_gradients(monkeypatch, B, T, H, HV, K, V, multiprocessors, dtype, state):
+def test_gradients(B, T, H, HV, K, V, multiprocessors, dtype, state):
     x = make_inputs(B, T, H, HV, K, V, dtype, initial_state=state)
     do, ds = cotangents(x)
     with interpreted(multiprocessors) as kernels:
@@ -130,7 +130,7 @@ def test_gradients(monkeypatch, B, T, H, HV, K, V, multiprocessors, dtype, state
 )
 @pytest.mark.parametrize("multiprocessors", [132, 2], ids=["room", "no room"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
-def test_key_heads_one_after_the_other_give_the_same_bits(monkeypatch, B, T, H, HV, K, V, multiprocessors, state):
+def test_key_heads_one_after_the_other_give_the_same_bits(B, T, H, HV, K, V, multiprocessors, state):
     x = make_inputs(B, T, H, HV, K, V, BF16, initial_state=state)
     do, ds = cotangents(x)
     got = []

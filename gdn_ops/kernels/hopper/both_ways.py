@@ -32,9 +32,6 @@ from gdn_ops.kernels.hopper.tiles import (
     LEFT_K,
     OF_C,
     OF_K,
-    REGISTERS,
-    REGISTERS_TO_COMPUTE,
-    REGISTERS_TO_LOAD,
     decays,
     heads,
     keep_scores,
@@ -49,6 +46,10 @@ from gdn_ops.kernels.hopper.tiles import (
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk
+
+# Where two warpgroups compute, of three, one of them for the loader: ptxas plans with the mean, and the roles take what
+# they need.
+REGISTERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_LOAD = 168, 240, 24
 
 
 @gluon.jit

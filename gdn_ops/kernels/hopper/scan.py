@@ -104,7 +104,8 @@ def _load(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: g
 
 @gluon.jit
 def _score(tiles, p_s, full, empty, scored, score_scale, chunks):
-    """``P`` of every chunk, as soon as that of the one before the last has been used."""
+    """``P`` of every chunk, half after half for want of registers, as soon as that of the one before the last has been
+    used."""
     q_s, k_s, _, _, c_s, _, _ = tiles
     STAGES: gl.constexpr = k_s.shape[0]
     C: gl.constexpr = k_s.shape[3]
@@ -114,17 +115,17 @@ def _score(tiles, p_s, full, empty, scored, score_scale, chunks):
     for i in range(chunks):
         mbarrier.wait(full.index(stage), phase)
         # The stage of the chunk before the last is the one that comes next.
-        stage_ahead, phase_ahead = next_stage(stage, phase, STAGES)
+        ahead, phase_ahead = next_stage(stage, phase, STAGES)
         for part in gl.static_range(2):
             qk_cj = likeness(q_s, k_s, stage, 2, part)
             D_cj = decays(c_s, stage, score_scale, C, 2, part)
             qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
             P_cj = scores(qk_cj, D_cj, part, dtype)
             if part == 0:
-                mbarrier.wait(empty.index(stage_ahead), phase_ahead ^ 1)
+                mbarrier.wait(empty.index(ahead), phase_ahead ^ 1)
             keep_scores(P_cj, p_s.index(i & 1), part)
         mbarrier.arrive(scored.index(i & 1), count=1)
-        stage = stage_ahead
+        stage = ahead
         phase = phase_ahead
 
 

@@ -1,8 +1,8 @@
 """What the kernels for Hopper share: sizes of tiles, pieces of kernels, and descriptors of tensors for the copy engine.
 
-Scores ``P = scale (Q K^T) * D`` of a chunk are made by the warpgroups of a program together, ``PARTS`` of them, each
-with its own columns, and left in shared memory. ``D = exp(c_i - c_j)`` comes from sums in two fp32 terms and in units
-of log2: differences of fp64 are slow.
+Scores ``P = scale (Q K^T) * D`` of a chunk are made in ``PARTS``, each with its own columns, by as many warpgroups or
+one after the other by one, and left in shared memory. ``D = exp(c_i - c_j)`` comes from sums in two fp32 terms and in
+units of log2: differences of fp64 are slow.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ LEFT_K, LEFT_C = (
     gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=_products(n), k_width=2)) for n in (BK, CHUNK)
 )
 ALONG_C = gl.constexpr(gl.SliceLayout(0, _products(CHUNK)))
-# Three warpgroups, one of them for the loader: ptxas plans with the mean, and the roles take what they need.
-REGISTERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_LOAD = 168, 240, 24
 
 
 @gluon.jit
@@ -87,7 +85,7 @@ def state_tile(first, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl
 
 @gluon.jit
 def likeness(q_s, k_s, stage, PARTS: gl.constexpr, part: gl.constexpr):
-    """Starts a warpgroup's columns of ``Q K^T``."""
+    """Starts a part's columns of ``Q K^T``."""
     C: gl.constexpr = k_s.shape[3]
     BK: gl.constexpr = k_s.shape[4]
     WIDTH: gl.constexpr = C // PARTS
@@ -113,7 +111,7 @@ def decays(c_s, stage, score_scale, C: gl.constexpr, PARTS: gl.constexpr, part: 
 
 @gluon.jit
 def scores(qk_cj, D_cj, part: gl.constexpr, dtype: gl.constexpr):
-    """A warpgroup's columns of ``P``."""
+    """A part's columns of ``P``."""
     C: gl.constexpr = qk_cj.shape[0]
     WIDTH: gl.constexpr = qk_cj.shape[1]
     rows = gl.arange(0, C, gl.SliceLayout(1, qk_cj.type.layout))
@@ -124,6 +122,7 @@ def scores(qk_cj, D_cj, part: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def keep_scores(P_cj, p_cc, part: gl.constexpr):
+    """Leaves them in their place in ``P``."""
     WIDTH: gl.constexpr = P_cj.shape[1]
     p_cc.slice(part * WIDTH, WIDTH, 1).store(P_cj)
     fence_async_shared()
