@@ -1,4 +1,4 @@
-"""Who is timed on tensors: gdn_ops, and FLA and FlashQLA where they are installed.
+"""Who is timed on tensors: gdn_ops, and FLA, FlashQLA and FlashInfer where they are installed.
 
 A provider turns inputs into a call for a direction, or says why it cannot (:class:`Unavailable`). Backward calls are
 made free of autograd wherever the library has such a function, so that graph capture sees kernels alone; otherwise
@@ -199,8 +199,20 @@ def _flash_qla(x: Inputs, direction: str) -> Call:
     return no_grad(_direct(forward, backward, direction))
 
 
+def _flash_infer(x: Inputs, direction: str) -> Call:
+    """Its batch is packed and its gate is ``exp(g)``; both are made before the clock runs."""
+    if direction != "forward":
+        raise Unavailable("FlashInfer: expected forward, got " + direction)
+    library = importlib.import_module("flashinfer.gdn_prefill")
+    N, T = x.q.shape[:2]
+    tensors = [t.flatten(0, 1) for t in (x.q, x.k, x.v, x.g.float().exp(), x.beta.float())]
+    cu_seqlens = torch.arange(0, (N + 1) * T, T, device=x.q.device)
+    run = library.chunk_gated_delta_rule
+    return no_grad(lambda: run(*tensors, scale=x.scale, cu_seqlens=cu_seqlens).unflatten(0, (N, T)))
+
+
 OURS = "gdn_ops"
-PEER_MODULES = ("fla", "flash_qla", "mamba_ssm")
+PEER_MODULES = ("fla", "flash_qla", "flashinfer", "mamba_ssm")
 PROVIDERS = {
     p.name: p
     for p in (
@@ -209,6 +221,7 @@ PROVIDERS = {
         Provider("gdn_ops portable", _gdn_ops_portable),
         Provider("FLA", _fla, ("fla.ops.gated_delta_rule", "flash-linear-attention")),
         Provider("FlashQLA", _flash_qla, ("flash_qla", "flash-qla")),
+        Provider("FlashInfer", _flash_infer, ("flashinfer.gdn_prefill", "flashinfer-python")),
     )
 }
 

@@ -19,8 +19,8 @@ from perf.shapes import Cost, Shape
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).with_name("published.csv")
 PEERS = {
-    "fla": "flash-linear-attention", "flash_qla": "flash-qla", "mamba_ssm": "mamba-ssm",
-    "transformers": "transformers", "onnxruntime": "onnxruntime",
+    "fla": "flash-linear-attention", "flash_qla": "flash-qla", "flashinfer": "flashinfer-python",
+    "mamba_ssm": "mamba-ssm", "transformers": "transformers", "onnxruntime": "onnxruntime",
 }  # fmt: skip
 
 
@@ -73,6 +73,7 @@ class Environment:
     triton: str
     fla: str
     flash_qla: str
+    flashinfer: str
     mamba_ssm: str
     transformers: str
     onnxruntime: str
