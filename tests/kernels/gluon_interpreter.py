@@ -343,7 +343,7 @@ def _specialize(roles: list[tuple], warps: list[int], registers: list[int]) -> N
 class Language:
     """What kernels call ``gl``. Layouts mean nothing but for shared memory."""
 
-    program = 0
+    program, programs = 0, 1
     NVMMASharedLayout = real_gl.NVMMASharedLayout
     SliceLayout = BlockedLayout = DistributedLinearLayout = DotOperandLayout = NVMMADistributedLayout = staticmethod(
         lambda *args, **kwargs: None
@@ -374,12 +374,15 @@ class Language:
     def program_id(self, axis: int) -> Value:
         return value(self.program)
 
+    def num_programs(self, axis: int) -> int:
+        return self.programs
+
 
 LANGUAGE = Language()
 STANDS_FOR = {
     **PTX, "gl": LANGUAGE, "mbarrier": FakeMBarrier, "tma": fake_tma, "warpgroup_mma": _mma, "mma_v2": _small_mma,
     "warpgroup_mma_wait": _mma_wait,
-    "fence_async_shared": lambda: None,
+    **dict.fromkeys(("fence_async_shared", "gdc_launch_dependents", "gdc_wait"), lambda: None),
     # What a loop counts with is a tensor, too.
     "range": lambda *bounds: map(value, range(*map(int, bounds))),
 }  # fmt: skip
@@ -397,7 +400,7 @@ def _python(function: JITFunction) -> types.FunctionType:
                 names[name] = _python(x)
             elif isinstance(x, real_gl.constexpr):
                 names[name] = x.value
-    return types.FunctionType(function.fn.__code__, names, function.fn.__name__)
+    return types.FunctionType(function.fn.__code__, names, function.fn.__name__, function.fn.__defaults__)
 
 
 def _argument(x):
@@ -417,10 +420,11 @@ class Interpreted:
         self.started = 0
 
     def __getitem__(self, grid: tuple[int]):
-        def start(*args, num_warps: int, maxnreg: int, **kwargs) -> None:
+        def start(*args, num_warps: int, maxnreg: int, launch_pdl: bool = False, **kwargs) -> None:
             bound = self.signature.bind(*args, **kwargs)
             arguments = {name: _argument(x) for name, x in bound.arguments.items()}
             self.started += 1
+            LANGUAGE.programs = grid[0]
             for LANGUAGE.program in range(grid[0]):
                 self.run(**arguments)
 

@@ -24,6 +24,8 @@ from gdn_ops.kernels.triton.launch import is_traced
 WIDEST_SEEN = 512
 # Columns of values that a program of the narrow scan takes; the other one takes twice as many.
 NARROW = 64
+# Chunks of the shortest part of a sequence whose scan and inverse overlap: a part costs the start of a kernel.
+SHORTEST_PART = 32
 # Tokens times heads from which on a call is left whole: the GPU then takes some .1 ms forward and .3 ms backward. To
 # start a backward's kernels a host took .8 to 1.2 ms, which the rest of a layer has to hide. An estimate.
 TOKENS_TO_PAY = 1 << 16
@@ -100,6 +102,23 @@ def serves_gradients(
     return serves(q, k, v, scale, cu_seqlens, gradients=True) and _is_copied(do)
 
 
+def _programs(v: Tensor, table: ChunkTable) -> int:
+    """Of the narrow scan."""
+    return table.segments * v.shape[2] * triton.cdiv(v.shape[3], NARROW)
+
+
 def has_room(q: Tensor, v: Tensor, table: ChunkTable) -> bool:
     """Whether all programs of the narrow scan run at once: then the time of one is what counts, else that of all."""
-    return table.segments * v.shape[2] * triton.cdiv(v.shape[3], NARROW) <= chip_of(q).multiprocessors
+    return _programs(v, table) <= chip_of(q).multiprocessors
+
+
+def parts(q: Tensor, v: Tensor, table: ChunkTable) -> list[int]:
+    """Chunks of the parts in which the narrow scan takes every sequence, each twice as long as the one before it: while
+    half of the multiprocessors scan a part, the others can do the inverse of the next. One part where they are less
+    than half."""
+    chunks = table.chunks // q.shape[0]
+    number = 1
+    if table.segment is None and 2 * _programs(v, table) <= chip_of(q).multiprocessors:
+        number = max(1, (chunks // SHORTEST_PART + 1).bit_length() - 1)
+    ends = [chunks * (2**i - 1) // (2**number - 1) for i in range(number + 1)]
+    return [end - start for start, end in zip(ends, ends[1:])]

@@ -15,6 +15,8 @@ Outputs, and how they are rounded, are those of ``invert_kernel``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -27,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gdn_ops.kernels.hopper.tiles import BK, OF_C, add, exp2, heads
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
@@ -243,7 +246,7 @@ def _store(out, tile):
     gl.store(out + rows[:, None] * C + columns[None, :], tile.load(by_16))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["since", "until"])
 def hopper_invert_kernel(
     k,
     g,
@@ -256,6 +259,8 @@ def hopper_invert_kernel(
     scaled,
     inverse,
     T,
+    since,
+    until,
     stride_g_b,
     stride_g_t: gl.constexpr,
     stride_g_h,
@@ -265,8 +270,11 @@ def hopper_invert_kernel(
     H: gl.constexpr,
     HV: gl.constexpr,
     SCALE: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):
-    """Outputs are those of ``invert_kernel``; ``rate``, ``erasing`` and ``inverse`` may be None."""
+    """Outputs are those of ``invert_kernel``; ``rate``, ``erasing`` and ``inverse`` may be None. Of every sequence the
+    chunks from ``since`` to ``until``. ``BESIDE``: it started before the kernel before it was over, and is not over
+    before that one is; so what comes next need not know."""
     C: gl.constexpr = k.block_type.shape[2]
     BK: gl.constexpr = k.block_type.shape[3]
     of: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
@@ -287,11 +295,12 @@ def hopper_invert_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     plain_2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
+    gdc_launch_dependents()  # a scan may wait in the wings
     program = gl.program_id(0)
-    NT = (T + C - 1) // C
     hv = program % HV
-    b = program // HV // NT
-    begin = program // HV % NT * C
+    b = program // HV // (until - since)
+    chunk = since + program // HV % (until - since)
+    begin = chunk * C
     k_s = gl.allocate_shared_memory(k.dtype, k.block_type.shape, k.layout)
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(ready, count=1)
@@ -333,7 +342,8 @@ def hopper_invert_kernel(
     end = _from_lane(high_wc, lane)
     ends_s.store(end)
     until_s.store(exp2((end - high_wc) - low_wc))
-    here = program.to(gl.int64) * C
+    NT = (T + C - 1) // C
+    here = ((b * NT + chunk) * HV + hv).to(gl.int64) * C
     grown = exp2(high_c)
     gl.store(c_sum + here * 2 + rows, high_c)
     gl.store(c_sum + here * 2 + C + rows, low_c)
@@ -456,10 +466,16 @@ def hopper_invert_kernel(
             _round_rows(inverse, rows_s, alike_s, True)
         rows_s.store(x * rate_s.load(of_rate)[None, :])
         _round_rows(scaled, rows_s, alike_s, False)
+    if BESIDE:
+        if program == gl.num_programs(0) - 1:
+            gdc_wait()
 
 
-def invert(k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False) -> IntraChunk:
-    """What the kernels for Hopper take in place of ``intra_chunk``'s, for calls that ``hopper.serves`` takes."""
+def inverse_by_parts(
+    k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False
+) -> tuple[IntraChunk, Callable[..., None]]:
+    """Room for what :func:`invert` gives, and what fills the chunks ``since`` to ``until`` of every sequence: ``beside``
+    the kernel that was started last, of which it reads nothing, where that one lets it (``gdc_launch_dependents``)."""
     T, H = k.shape[1:3]
     HV = g.shape[2]
 
@@ -474,8 +490,19 @@ def invert(k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool
 
     rate, erasing, inverse = (vector(), vector(), square()) if backward else (None,) * 3
     x = IntraChunk(buffer(2 * CHUNK), vector(), vector(), square(), None, rate, erasing, inverse, None)
-    hopper_invert_kernel[(table.chunks * HV,)](
-        heads(k, BK), g, beta, x.c_sum, x.from_start, x.to_end, rate, erasing, x.T, inverse, T, **strides_of("g", g),
-        **strides_of("beta", beta), H=H, HV=HV, SCALE=1.0 if backward else STRETCH, num_warps=4, maxnreg=REGISTERS,
-    )  # fmt: skip
+    tensors = (heads(k, BK), g, beta, x.c_sum, x.from_start, x.to_end, rate, erasing, x.T, inverse)
+
+    def run(since: int, until: int, beside: bool = False) -> None:
+        hopper_invert_kernel[(k.shape[0] * (until - since) * HV,)](
+            *tensors, T, since, until, **strides_of("g", g), **strides_of("beta", beta), H=H, HV=HV,
+            SCALE=1.0 if backward else STRETCH, BESIDE=beside, num_warps=4, maxnreg=REGISTERS, launch_pdl=beside,
+        )  # fmt: skip
+
+    return x, run
+
+
+def invert(k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False) -> IntraChunk:
+    """What the kernels for Hopper take in place of ``intra_chunk``'s, for calls that ``hopper.serves`` takes."""
+    x, run = inverse_by_parts(k, g, beta, table, backward)
+    run(0, table.chunks // k.shape[0])
     return x

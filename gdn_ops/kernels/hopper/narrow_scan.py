@@ -22,7 +22,9 @@ The numbers are those of ``scan.py``, bit by bit. docs/kernels.md says what each
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -34,8 +36,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gdn_ops.kernels.hopper import NARROW
+from gdn_ops.kernels.hopper.invert import inverse_by_parts
 from gdn_ops.kernels.hopper.tiles import (
     ALONG_C,
     BK,
@@ -70,7 +74,7 @@ def _stage(number, STAGES: gl.constexpr):
 def _load(tensors, tiles, full, empty, work, H: gl.constexpr, HV: gl.constexpr, V: gl.constexpr):
     q, k, v, transition, sums, from_start, to_end = tensors
     q_s, k_s, v_s, t_s, c_s, g_s, d_s = tiles
-    items, programs, T, SEGMENT = work
+    items, programs, T, SEGMENT, since, until = work
     C: gl.constexpr = k.block_type.shape[2]
     BV: gl.constexpr = v.block_type.shape[3]
     STAGES: gl.constexpr = k_s.shape[0]
@@ -85,7 +89,7 @@ def _load(tensors, tiles, full, empty, work, H: gl.constexpr, HV: gl.constexpr, 
     )
     before = 0
     for item in range(gl.program_id(0), items, programs):
-        b, hv, v0, first, chunks, _segment, NT = piece_of(item, T, SEGMENT, HV, V, C, BV)
+        b, hv, v0, first, chunks, _segment, NT = piece_of(item, T, SEGMENT, HV, V, C, BV, since, until)
         h = hv // (HV // H)
         for i in range(chunks):
             stage, phase = _stage(before + i, STAGES)
@@ -121,7 +125,7 @@ def _write(states, tiles, kept, barriers, work, HV: gl.constexpr, K: gl.constexp
     _, k_s, v_s, t_s, _, g_s, d_s = tiles
     s_s, n_s = kept
     full, empty, known, written, free = barriers
-    items, programs, T, SEGMENT = work
+    items, programs, T, SEGMENT, since, until = work
     STAGES: gl.constexpr = k_s.shape[0]
     C: gl.constexpr = k_s.shape[3]
     BK: gl.constexpr = k_s.shape[4]
@@ -134,7 +138,7 @@ def _write(states, tiles, kept, barriers, work, HV: gl.constexpr, K: gl.constexp
     mbarrier.wait(full.index(0), 0)
     w_vc = _values(tiles, 0)
     for item in range(gl.program_id(0), items, programs):
-        b, hv, v0, first, chunks, segment, NT = piece_of(item, T, SEGMENT, HV, V, C, BV)
+        b, hv, v0, first, chunks, segment, _NT = piece_of(item, T, SEGMENT, HV, V, C, BV, since, until)
         if initial_state is None:
             S_vk = gl.zeros([BV, BK], gl.float32, OF_K)
         else:
@@ -177,7 +181,7 @@ def _write(states, tiles, kept, barriers, work, HV: gl.constexpr, K: gl.constexp
             S_vk = warpgroup_mma_wait(1, deps=(S_vk,))
             last = stage
         if final_state is not None:  # noqa: SIM102, decided when it is compiled
-            if first + chunks == NT:
+            if first + chunks == until:
                 at = final_state + (b * HV + hv).to(gl.int64) * (K * V)
                 offsets, mask = state_tile(v0, K, V, BK, BV)
                 gl.store(at + offsets, S_vk, mask=mask)
@@ -190,7 +194,7 @@ def _read(o, scales, tiles, kept, o_s, barriers, work, HV: gl.constexpr, V: gl.c
     q_s, k_s, v_s, _, c_s, g_s, _ = tiles
     s_s, n_s = kept
     full, empty, known, written, free = barriers
-    items, programs, T, SEGMENT = work
+    items, programs, T, SEGMENT, since, until = work
     STAGES: gl.constexpr = k_s.shape[0]
     C: gl.constexpr = k_s.shape[3]
     BK: gl.constexpr = k_s.shape[4]
@@ -202,7 +206,7 @@ def _read(o, scales, tiles, kept, o_s, barriers, work, HV: gl.constexpr, V: gl.c
     o_tile = o_s.index(part)
     before = 0
     for item in range(gl.program_id(0), items, programs):
-        b, hv, v0, first, chunks, _segment, _NT = piece_of(item, T, SEGMENT, HV, V, C, BV)
+        b, hv, v0, first, chunks, _segment, _NT = piece_of(item, T, SEGMENT, HV, V, C, BV, since, until)
         for i in range((before & 1) ^ part, chunks, 2):
             stage, phase = _stage(before + i, STAGES)
             turn = before + i >> 1 & 1
@@ -230,7 +234,7 @@ def _read(o, scales, tiles, kept, o_s, barriers, work, HV: gl.constexpr, V: gl.c
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["since", "until"])
 def hopper_narrow_scan_kernel(
     q,
     k,
@@ -246,6 +250,8 @@ def hopper_narrow_scan_kernel(
     score_scale,
     T,
     SEGMENT,
+    since,
+    until,
     items,
     programs,
     H: gl.constexpr,
@@ -256,8 +262,9 @@ def hopper_narrow_scan_kernel(
     TO_READ: gl.constexpr,
     TO_LOAD: gl.constexpr,
 ):
-    """Arguments are those of ``hopper_scan_kernel``. A program takes every ``programs``-th of the ``items``: where
-    there is room one, but it is right for any number."""
+    """Arguments are those of ``hopper_scan_kernel``, and which chunks of every sequence count. A program takes every
+    ``programs``-th of the ``items``: where there is room one, but it is right for any number."""
+    gdc_launch_dependents()  # an inverse beside it may begin
     C: gl.constexpr = k.block_type.shape[2]
     BK: gl.constexpr = k.block_type.shape[3]
     BV: gl.constexpr = v.block_type.shape[3]
@@ -292,7 +299,8 @@ def hopper_narrow_scan_kernel(
     kept = (s_s, n_s)
     barriers = (full, empty, known, written, free)
     scales = (scale, score_scale)
-    work = (items, programs, T, SEGMENT)
+    work = (items, programs, T, SEGMENT, since, until)
+    gdc_wait()  # for the kernel before it, which this one need not see end before it starts
     gl.warp_specialize(
         [
             (_write, ((initial_state, final_state), tiles, kept, barriers, work, HV, K, V)),
@@ -305,19 +313,52 @@ def hopper_narrow_scan_kernel(
     )
 
 
+def _prepared(
+    x: IntraChunk, q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, o: Tensor
+) -> Callable[[int, int, Tensor | None, Tensor | None], None]:  # fmt: skip
+    """Starts the kernel on the chunks ``since`` to ``until`` of every sequence, from one state to another."""
+    T, H, K = q.shape[1:]
+    HV, V = v.shape[2:]
+    items = table.segments * HV * triton.cdiv(V, NARROW)
+    programs = min(items, chip_of(q).multiprocessors)
+    tensors = (
+        heads(q, BK), heads(k, BK), heads(v, NARROW), rows_of(x.T, CHUNK), rows_of(x.c_sum, 1),
+        rows_of(x.from_start, 1), rows_of(x.to_end, 1), heads(o, NARROW),
+    )  # fmt: skip
+
+    def run(since: int, until: int, initial_state: Tensor | None, final_state: Tensor | None) -> None:
+        hopper_narrow_scan_kernel[(programs,)](
+            *tensors, initial_state, final_state, scale, math.log2(scale / STRETCH), T,
+            table.segment or until - since, since, until, items, programs, H=H, HV=HV, K=K, V=V, STAGES=STAGES,
+            TO_READ=REGISTERS_TO_READ, TO_LOAD=REGISTERS_TO_LOAD, num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
+        )  # fmt: skip
+
+    return run
+
+
 def narrow_scan(
     x: IntraChunk, q: Tensor, k: Tensor, v: Tensor, scale: float, table: ChunkTable, *,
     o: Tensor, initial_state: Tensor | None, final_state: Tensor | None,
 ) -> None:  # fmt: skip
     """What ``chunk_forward.scan`` does, for calls that ``hopper.serves`` takes; ``x`` is ``invert``'s."""
-    T, H, K = q.shape[1:]
-    HV, V = v.shape[2:]
-    segment = table.segment or triton.cdiv(T, CHUNK)
-    items = table.segments * HV * triton.cdiv(V, NARROW)
-    programs = min(items, chip_of(q).multiprocessors)
-    hopper_narrow_scan_kernel[(programs,)](
-        heads(q, BK), heads(k, BK), heads(v, NARROW), rows_of(x.T, CHUNK), rows_of(x.c_sum, 1),
-        rows_of(x.from_start, 1), rows_of(x.to_end, 1), heads(o, NARROW), initial_state, final_state, scale,
-        math.log2(scale / STRETCH), T, segment, items, programs, H=H, HV=HV, K=K, V=V, STAGES=STAGES,
-        TO_READ=REGISTERS_TO_READ, TO_LOAD=REGISTERS_TO_LOAD, num_warps=4, maxnreg=REGISTERS,
-    )  # fmt: skip
+    run = _prepared(x, q, k, v, scale, table, o)
+    run(0, triton.cdiv(q.shape[1], CHUNK), initial_state, final_state)
+
+
+def narrow_scan_by_parts(
+    parts: Sequence[int], q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, table: ChunkTable, *,
+    o: Tensor, initial_state: Tensor | None, final_state: Tensor | None,
+) -> None:  # fmt: skip
+    """The inverse and the scan, of whole sequences whose ``parts`` have so many chunks: the inverse of a part runs on
+    the multiprocessors that the scan of the part before it leaves free."""
+    x, invert_part = inverse_by_parts(k, g, beta, table)
+    run = _prepared(x, q, k, v, scale, table, o)
+    between = q.new_empty((table.sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    since = 0
+    invert_part(0, parts[0])
+    for part, ahead in zip(parts, [*parts[1:], 0]):
+        until = since + part
+        run(since, until, initial_state if since == 0 else between, between if ahead else final_state)
+        if ahead:
+            invert_part(until, until + ahead, beside=True)
+        since = until

@@ -50,15 +50,20 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def piece_of(item, T, SEGMENT, HV: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BV: gl.constexpr):
+def piece_of(
+    item, T, SEGMENT, HV: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BV: gl.constexpr, since=0, until=None
+):  # fmt: skip
     """Row of the batch, value head and first of ``BV`` columns of an item, the first chunk and the number of chunks;
-    then the segment, counted over all sequences, and the chunks of a sequence."""
+    then the segment, counted over all sequences, and the chunks of a sequence. Of every sequence only those from
+    ``since`` to ``until`` count, all unless given."""
     NV: gl.constexpr = (V + BV - 1) // BV
     segment = item // (NV * HV)
     NT = (T + C - 1) // C
-    parts = (NT + SEGMENT - 1) // SEGMENT
-    first = segment % parts * SEGMENT
-    return segment // parts, item // NV % HV, item % NV * BV, first, gl.minimum(SEGMENT, NT - first), segment, NT
+    if until is None:
+        until = NT
+    parts = (until - since + SEGMENT - 1) // SEGMENT
+    first = since + segment % parts * SEGMENT
+    return segment // parts, item // NV % HV, item % NV * BV, first, gl.minimum(SEGMENT, until - first), segment, NT
 
 
 @gluon.jit

@@ -15,7 +15,7 @@ tokens of a sequence. Terms are added from lag 0 up wherever they come from, so 
 bits.
 
 **Backward.** A program walks ``BT`` tokens of ``BD`` channels upwards with the last ``W - 1`` inputs and the last
-``W - 1`` unfinished ``dx`` in registers, so that every ``dz`` is computed once, from inputs loaded once, two tokens
+``W - 1`` unfinished ``dx`` in registers, so that every ``dz`` is computed once, from inputs loaded once, six tokens
 ahead of their use; the walk goes on for ``W - 1`` tokens past the block, for ``dx`` only. Weight gradients are summed
 in registers; each block writes its own row of a partial-sum buffer and torch adds the rows: no atomics, so the same
 inputs give the same bits.
@@ -40,8 +40,11 @@ from torch import Tensor
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
 from gdn_ops.kernels.triton.launch import launch
 
-FORWARD_TILE = (16, 128, 4)  # BT, BD, warps: 16 outputs a thread, 16-byte accesses for bf16 and fp32
+FORWARD_TILE = (16, 128, 2)  # BT, BD, warps: 32 outputs a thread, 16-byte accesses for bf16 and fp32
 BACKWARD_TILE = (64, 256, 2)  # four channels a thread; the partial sums are a tenth of the input
+# Tokens of the backward that are loaded ahead, and steps of its loop in one: then what was loaded and what is unfinished
+# changes its name, not its register.
+AHEAD, UNROLL = 6, 4
 UPDATE_TILE = (256, 4)  # BD, warps
 
 
@@ -228,6 +231,21 @@ def _initial_state_gradient(
 
 
 @triton.jit
+def _pair(x, dy, t, stop, mask_d, stride_x_t, stride_dy_t):
+    """Token ``t`` of both, as it was stored."""
+    mask = mask_d & (t < stop)
+    return tl.load(x + t * stride_x_t, mask=mask, other=0.0), tl.load(dy + t * stride_dy_t, mask=mask, other=0.0)
+
+
+@triton.jit
+def _of_sequence(value_d, t, begin, cu_seqlens):
+    """Zeros for a token before its sequence; before a whole row's first nothing is stored, so there it may stay."""
+    if cu_seqlens is None:
+        return value_d
+    return tl.where(t >= begin, value_d, 0.0)
+
+
+@triton.jit
 def causal_conv1d_backward_kernel(
     dy,
     dfinal_state,
@@ -261,6 +279,8 @@ def causal_conv1d_backward_kernel(
     SILU: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    AHEAD: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """``partial [blocks, W + 1, D]`` gets each block's sums for the columns of ``weight`` and, last, for ``bias``.
 
@@ -344,18 +364,15 @@ def causal_conv1d_backward_kernel(
     if W > 3:
         x3_d = _input(x, here, first - 3, begin, known, stride_x_t, stride_initial_w, W)
 
-    next_x = tl.load(x + first * stride_x_t, mask=mask_d & (first < stop), other=0.0)
-    next_dy = tl.load(dy + first * stride_dy_t, mask=mask_d & (first < stop), other=0.0)
-    third_x = tl.load(x + (first + 1) * stride_x_t, mask=mask_d & (first + 1 < stop), other=0.0)
-    third_dy = tl.load(dy + (first + 1) * stride_dy_t, mask=mask_d & (first + 1 < stop), other=0.0)
-    for step in range(0, BT + W - 1):
+    coming = ()
+    for i in tl.static_range(AHEAD):
+        coming = coming + (_pair(x, dy, first + i, stop, mask_d, stride_x_t, stride_dy_t),)
+    for step in tl.range(0, BT + W - 1, loop_unroll_factor=UNROLL):
         t = first + step
-        x0_d = next_x.to(tl.float32)
-        dz_d = next_dy.to(tl.float32)
-        next_x = third_x
-        next_dy = third_dy
-        third_x = tl.load(x + (t + 2) * stride_x_t, mask=mask_d & (t + 2 < stop), other=0.0)
-        third_dy = tl.load(dy + (t + 2) * stride_dy_t, mask=mask_d & (t + 2 < stop), other=0.0)
+        x_d, dy_d = coming[0]
+        coming = coming[1:] + (_pair(x, dy, t + AHEAD, stop, mask_d, stride_x_t, stride_dy_t),)
+        x0_d = x_d.to(tl.float32)
+        dz_d = dy_d.to(tl.float32)
         if cu_seqlens is not None:
             while (t >= end) & (n + 1 < N):
                 n += 1
@@ -382,7 +399,8 @@ def causal_conv1d_backward_kernel(
             dz_d = dz_d * _silu_gradient(z_d)
 
         mine_d = tl.where(t < own, dz_d, 0.0)
-        dbias_d += mine_d
+        if bias is not None:
+            dbias_d += mine_d
         dw0_d += mine_d * x0_d
         dw1_d += mine_d * x1_d
         dx0_d = dz_d * w0_d
@@ -391,15 +409,15 @@ def causal_conv1d_backward_kernel(
             kept = mask_d & (t >= begin) & (left >= 1) & (left <= W - 1)
             source = dfinal_state + n * stride_dfinal_n + (W - 1 - left) * stride_dfinal_w
             dx0_d += tl.load(source, mask=kept, other=0.0).to(tl.float32)
-        dx1_d += tl.where(t - 1 >= begin, dz_d * w1_d, 0.0)
+        dx1_d += _of_sequence(dz_d * w1_d, t - 1, begin, cu_seqlens)
         done_d = dx1_d
         if W > 2:
             dw2_d += mine_d * x2_d
-            dx2_d += tl.where(t - 2 >= begin, dz_d * w2_d, 0.0)
+            dx2_d += _of_sequence(dz_d * w2_d, t - 2, begin, cu_seqlens)
             done_d = dx2_d
         if W > 3:
             dw3_d += mine_d * x3_d
-            dx3_d += tl.where(t - 3 >= begin, dz_d * w3_d, 0.0)
+            dx3_d += _of_sequence(dz_d * w3_d, t - 3, begin, cu_seqlens)
             done_d = dx3_d
         ready = t - (W - 1)
         tl.store(dx + ready * D, done_d.to(dx.dtype.element_ty), mask=mask_d & (ready >= first) & (ready < own))
@@ -575,7 +593,7 @@ def backward(
             **_strides(weight, "stride_weight_d", "stride_weight_w"),
             **_strides(bias, "stride_bias"),
             **_strides(initial_state, "stride_initial_n", "stride_initial_d", "stride_initial_w"),
-            D=D, W=W, SILU=silu, BT=BT, BD=BD, num_warps=num_warps,
+            D=D, W=W, SILU=silu, BT=BT, BD=BD, AHEAD=AHEAD, UNROLL=UNROLL, num_warps=num_warps,
         )  # fmt: skip
     sums = partial.sum(0)
     dweight = torch.empty((D, W), dtype=weight.dtype, device=x.device).copy_(sums[:W].t())

@@ -342,20 +342,27 @@ def chunk_forward(
         on_hopper = hopper.serves(q, k, v, scale, cu_seqlens)
         columns = hopper.NARROW if on_hopper else None
         table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, columns=columns))
-        if on_hopper:  # loaded where they serve: another version of Triton may not have what they need
-            from gdn_ops.kernels.hopper.invert import invert
-            from gdn_ops.kernels.hopper.narrow_scan import narrow_scan
-            from gdn_ops.kernels.hopper.scan import scan as wide_scan
-
-            run = narrow_scan if hopper.has_room(q, v, table) else wide_scan
-            x = invert(k, g, beta, table)
-        else:
-            run, x = scan, intra_chunk(q, k, g, beta, table, scale)
         final = final_state if output_final_state else None
-        if table.segment is not None:
-            forth = maps(x, k, v, table, initial_state)
-            initial_state = combine(forth, initial_state, final, q, T, table, reverse=False)
-        run(x, q, k, v, scale, table, o=o, initial_state=initial_state, final_state=final)
+        parts = hopper.parts(q, v, table) if on_hopper else [table.chunks]
+        if len(parts) > 1:
+            from gdn_ops.kernels.hopper.narrow_scan import narrow_scan_by_parts
+
+            outputs = {"o": o, "initial_state": initial_state, "final_state": final}
+            narrow_scan_by_parts(parts, q, k, v, g, beta, scale, table, **outputs)
+        else:
+            if on_hopper:  # loaded where they serve: another version of Triton may not have what they need
+                from gdn_ops.kernels.hopper.invert import invert
+                from gdn_ops.kernels.hopper.narrow_scan import narrow_scan
+                from gdn_ops.kernels.hopper.scan import scan as wide_scan
+
+                run = narrow_scan if hopper.has_room(q, v, table) else wide_scan
+                x = invert(k, g, beta, table)
+            else:
+                run, x = scan, intra_chunk(q, k, g, beta, table, scale)
+            if table.segment is not None:
+                forth = maps(x, k, v, table, initial_state)
+                initial_state = combine(forth, initial_state, final, q, T, table, reverse=False)
+            run(x, q, k, v, scale, table, o=o, initial_state=initial_state, final_state=final)
     return o[..., :V].contiguous(), final_state[:, :, :K, :V].contiguous()
 
 
