@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from gdn_ops.kernels import hopper
-from gdn_ops.kernels.hopper import both_ways, gradients, invert, narrow_scan, scan
+from gdn_ops.kernels.hopper import both_ways, gradients, invert, maps, narrow_scan, scan
 from gdn_ops.kernels.triton.chip import CHIPS, as_if_on
 
 PATIENCE = 30.0  # seconds
@@ -158,8 +158,8 @@ class Shared:
         return Shared(self.memory, self.places.permute(order))
 
     def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout) -> Shared:
-        assert dtype == self.dtype and math.prod(shape) == self.places.numel()
-        return Shared(self.memory, _in_order(shape, int(self.places.min())))
+        assert dtype.itemsize == self.dtype.itemsize and math.prod(shape) == self.places.numel()
+        return Shared(self.memory.view(dtype), _in_order(shape, int(self.places.min())))
 
     def _keep_alive(self) -> None:
         pass
@@ -435,6 +435,7 @@ KERNELS = (
     (invert, "hopper_invert_kernel"),
     (scan, "hopper_scan_kernel"),
     (narrow_scan, "hopper_narrow_scan_kernel"),
+    (maps, "hopper_map_kernel"),
     (both_ways, "hopper_both_ways_kernel"),
     (gradients, "hopper_gradient_kernel"),
 )

@@ -21,9 +21,11 @@ from gdn_ops.kernels.batch_invariance import batch_invariant
 from gdn_ops.kernels.hopper import both_ways as both_ways_module
 from gdn_ops.kernels.hopper import gradients as gradients_module
 from gdn_ops.kernels.hopper import invert as invert_module
+from gdn_ops.kernels.hopper import maps as maps_module
 from gdn_ops.kernels.hopper import narrow_scan as narrow_module
 from gdn_ops.kernels.hopper import scan as scan_module
 from gdn_ops.kernels.hopper import tiles
+from gdn_ops.kernels.triton import segments as segments_module
 from gdn_ops.kernels.triton.chip import CHIPS, as_if_on
 from gdn_ops.kernels.triton.chunk_backward import chunk_backward
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
@@ -79,7 +81,7 @@ def tiles_of(element: str) -> dict[str, str]:
         **dict.fromkeys(("states", "dstates"), descriptor([1, tiles.BV, tiles.BK], element)),
         "written": descriptor([1, tiles.BV, CHUNK], element),
         **dict.fromkeys(("scale", "score_scale"), "fp32"),
-        **dict.fromkeys(("T", "SEGMENT", "items", "programs"), "i32"),
+        **dict.fromkeys(("T", "SEGMENT", "since", "until", "items", "programs"), "i32"),
     }
 
 
@@ -117,7 +119,17 @@ def test_the_scans_compile_and_fit(tmp_path, element, K, V, state):
     constants = {"H": 2, "HV": 4, "K": K, "V": V, "STAGES": scan_module.STAGES}
     types, constants = with_states(tiles_of(element), constants, ("initial_state", "final_state"), state)
     for module, kernel in ((scan_module, "hopper_scan_kernel"), (narrow_module, "hopper_narrow_scan_kernel")):
-        check_built(built(tmp_path, getattr(module, kernel), types, constants | roles_of(module), module.REGISTERS))
+        check_built(built(tmp_path, getattr(module, kernel), types, constants | roles_of(module), module.REGISTERS), 96)
+
+
+@pytest.mark.parametrize("element, K, V, state", KINDS)
+def test_the_maps_compile_and_two_fit(tmp_path, element, K, V, state):
+    types = tiles_of(element) | {"M": descriptor([1, tiles.BK, hopper.NARROW], "bf16"), "B": "*fp32"}
+    constants = {"H": 2, "HV": 4, "K": K, "V": V, "STAGES": maps_module.STAGES, "BESIDE": state}
+    types, constants = with_states(types, constants | roles_of(maps_module), ("enter",), state)
+    result = built(tmp_path, maps_module.hopper_map_kernel, types, constants, maps_module.REGISTERS)
+    check_built(result)
+    assert 2 * (result[0] + 1024) <= CHIPS["sm_90"].shared_memory + 1024
 
 
 @pytest.mark.parametrize("element, K, V, state", KINDS)
@@ -155,9 +167,10 @@ def test_the_inverse_compiles_and_seven_fit(tmp_path, element, backward):
         "k": tiles_of(element)["k"],
         **vectors,
         **dict.fromkeys(("scaled", "inverse"), f"*{element}"),
-        **dict.fromkeys(("T", "stride_g_b", "stride_g_h", "stride_beta_b", "stride_beta_h"), "i32"),
+        **dict.fromkeys(("T", "since", "until", "stride_g_b", "stride_g_h", "stride_beta_b", "stride_beta_h"), "i32"),
     }
     constants = {"H": 2, "HV": 4, "SCALE": 1.0 if backward else STRETCH, "stride_g_t": 4, "stride_beta_t": 8}
+    constants["BESIDE"] = not backward
     types, constants = with_states(types, constants, ("rate", "erasing"), backward)
     if not backward:
         constants["inverse"] = types.pop("inverse") and None
@@ -245,6 +258,27 @@ def test_which_scan_takes_a_call(B, HV, V, segment, room):
     with as_if_on(CHIPS["sm_90"]):
         assert segment_length(q, v, None, columns=hopper.NARROW) == segment
         assert hopper.has_room(q, v, chunk_table(B, 8192, None, segment)) == room
+
+
+@pytest.mark.parametrize(
+    "B, T, HV, V, segment, parts",
+    [
+        (1, 8192, 32, 128, None, [42, 86]),
+        (2, 8192, 16, 128, None, [42, 86]),
+        (1, 32768, 32, 128, None, [34, 68, 136, 274]),
+        (1, 6144, 32, 128, None, [32, 64]),
+        (1, 6080, 32, 128, None, [95]),  # the first of two would be too short
+        (1, 100, 32, 128, None, [2]),
+        (1, 8192, 33, 128, None, [42, 86]),  # just half of the 132 multiprocessors
+        (1, 8192, 34, 128, None, [128]),
+        (1, 8192, 8, 128, 16, [128]),  # segments
+    ],
+)
+def test_parts_of_a_sequence(B, T, HV, V, segment, parts):
+    q = torch.empty(B, T, 2, 128, dtype=torch.bfloat16, device="meta")
+    v = torch.empty(B, T, HV, V, dtype=torch.bfloat16, device="meta")
+    with as_if_on(CHIPS["sm_90"]):
+        assert hopper.parts(q, v, chunk_table(B, T, None, segment)) == parts
 
 
 @pytest.mark.parametrize(
@@ -380,6 +414,42 @@ def test_both_scans_give_the_same_bits(monkeypatch, B, T, H, HV, K, V):
         monkeypatch.setattr(hopper, "has_room", lambda *args, narrow=narrow: narrow)
         got.append(forward(x))
     assert all(torch.equal(got[0][name], got[1][name]) for name in got[0])
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize("B, T, H, HV, V", [(1, 6000, 4, 24, 128), (2, 700, 2, 4, 200), (5, 64 * 15, 1, 3, 256)])
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_parts_give_the_same_bits(monkeypatch, B, T, H, HV, V, state):
+    """Started one after the other without a stop, so that one that began too early would show."""
+    x = make_inputs(B, T, H, HV, 128, V, torch.bfloat16, "cuda", initial_state=state)
+    patched = "gdn_ops.kernels.triton.chunk_forward.segment_length"
+    monkeypatch.setattr(patched, lambda *args, **kwargs: None)
+    monkeypatch.setattr(hopper, "SHORTEST_PART", 1 << 20)
+    whole = forward(x)
+    monkeypatch.setattr(hopper, "SHORTEST_PART", 1)
+    parts = [forward(x) for _ in range(10)]
+    assert all(torch.equal(whole[name], part[name]) for part in parts for name in whole)
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize("B, T, H, HV, K, V", [(1, 1000, 2, 4, 128, 128), (2, 300, 1, 2, 96, 200)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_maps_are_the_portable_ones(dtype, B, T, H, HV, K, V, state):
+    x = make_inputs(B, T, H, HV, K, V, dtype, "cuda", initial_state=state)
+    x["g"] = x["g"] * 0.01  # or a map of the state is nearly zero
+    table = chunk_table(B, T, None, 2)
+    inverse = invert_module.invert(x["k"], x["g"], x["beta"], table)
+    place = torch.arange(table.segments) % (table.segments // B)
+    first, last = place == 0, place == place.max()
+    for beside in (False, True):
+        here = maps_module.maps(inverse, x["k"], x["v"], table, x["initial_state"], beside)
+        there = segments_module.maps(inverse, x["k"], x["v"], table, x["initial_state"])
+        assert_close(here.B[~last], there.B[~last], 1e-4, "B")
+        here, there = (maps.M[~(first | last)].float().sum(2) for maps in (here, there))
+        assert_close(here, there, 1e-4, "M")
 
 
 @gpu

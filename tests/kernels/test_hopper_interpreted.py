@@ -12,6 +12,7 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 from gdn_ops.kernels import hopper
 from gdn_ops.kernels.hopper import both_ways
 from gdn_ops.kernels.hopper import invert as invert_module
+from gdn_ops.kernels.hopper.maps import maps as hopper_maps
 from gdn_ops.kernels.hopper.narrow_scan import narrow_scan
 from gdn_ops.kernels.hopper.scan import scan as wide_scan
 from gdn_ops.kernels.triton.chunk_backward import chunk_backward
@@ -82,6 +83,37 @@ def test_a_program_takes_one_piece_after_the_other(multiprocessors):
     want = forward(x, "hopper_narrow_scan_kernel")
     got = forward(x, "hopper_narrow_scan_kernel", multiprocessors)
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("B, T, V, state, parts", [(1, 450, 128, True, 3), (2, 192, 200, False, 2)])
+def test_parts_of_sequences_give_the_same_bits(monkeypatch, B, T, V, state, parts):
+    x = make_inputs(B, T, 1, 2, 128, V, BF16, initial_state=state)
+    whole = forward(x, "hopper_narrow_scan_kernel")
+    monkeypatch.setattr(hopper, "SHORTEST_PART", 1)
+    with interpreted() as kernels:
+        got = dict(zip(whole, chunk_forward(*arguments_of(x), scale_of(x), True)))
+    started = {name: kernel.started for name, kernel in kernels.items() if kernel.started}
+    assert started == {"hopper_invert_kernel": parts, "hopper_narrow_scan_kernel": parts}
+    assert all(torch.equal(got[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "B, T, HV, K, V, dtype, state", [(1, 450, 2, 128, 128, BF16, True), (2, 384, 3, 96, 200, FP16, False)]
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_maps_are_the_portable_ones(B, T, HV, K, V, dtype, state, beside):
+    x = make_inputs(B, T, 1, HV, K, V, dtype, initial_state=state)
+    x["g"] = x["g"] * 0.01  # or a map of the state is nearly zero
+    table = chunk_table(B, T, None, 2)
+    with interpreted():
+        chunk = invert_module.invert(x["k"], x["g"], x["beta"], table)
+        here = hopper_maps(chunk, x["k"], x["v"], table, x["initial_state"], beside)
+    there = call("segments:maps", chunk, x["k"], x["v"], table, x["initial_state"]).result
+    place = torch.arange(table.segments) % (table.segments // B)
+    first, last = place == 0, place == place.max()
+    assert_close(here.B[~last], there.B[~last], 1e-5, "B")
+    here, there = (maps.M[~(first | last)].float().sum(2) for maps in (here, there))
+    assert_close(here, there, 1e-5, "M")
 
 
 @pytest.mark.parametrize("scan", [narrow_scan, wide_scan], ids=["narrow", "wide"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import triton
 from torch import Tensor
@@ -121,4 +122,4 @@ def parts(q: Tensor, v: Tensor, table: ChunkTable) -> list[int]:
     if table.segment is None and 2 * _programs(v, table) <= chip_of(q).multiprocessors:
         number = max(1, (chunks // SHORTEST_PART + 1).bit_length() - 1)
     ends = [chunks * (2**i - 1) // (2**number - 1) for i in range(number + 1)]
-    return [end - start for start, end in zip(ends, ends[1:])]
+    return [end - start for start, end in pairwise(ends)]

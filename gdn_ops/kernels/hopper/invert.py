@@ -466,7 +466,7 @@ def hopper_invert_kernel(
             _round_rows(inverse, rows_s, alike_s, True)
         rows_s.store(x * rate_s.load(of_rate)[None, :])
         _round_rows(scaled, rows_s, alike_s, False)
-    if BESIDE:
+    if BESIDE:  # noqa: SIM102, decided when it is compiled
         if program == gl.num_programs(0) - 1:
             gdc_wait()
 
@@ -474,8 +474,8 @@ def hopper_invert_kernel(
 def inverse_by_parts(
     k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False
 ) -> tuple[IntraChunk, Callable[..., None]]:
-    """Room for what :func:`invert` gives, and what fills the chunks ``since`` to ``until`` of every sequence: ``beside``
-    the kernel that was started last, of which it reads nothing, where that one lets it (``gdc_launch_dependents``)."""
+    """Room for what :func:`invert` gives, and what fills the chunks ``since`` to ``until`` of every sequence.
+    ``beside``: while the kernel that was started last, of which it reads nothing, still runs, if that one lets it."""
     T, H = k.shape[1:3]
     HV = g.shape[2]
 

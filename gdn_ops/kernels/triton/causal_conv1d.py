@@ -42,8 +42,8 @@ from gdn_ops.kernels.triton.launch import launch
 
 FORWARD_TILE = (16, 128, 2)  # BT, BD, warps: 32 outputs a thread, 16-byte accesses for bf16 and fp32
 BACKWARD_TILE = (64, 256, 2)  # four channels a thread; the partial sums are a tenth of the input
-# Tokens of the backward that are loaded ahead, and steps of its loop in one: then what was loaded and what is unfinished
-# changes its name, not its register.
+# Tokens that the backward loads ahead, and steps of its loop in one, within which what was loaded and what is unfinished
+# change their names, not their registers.
 AHEAD, UNROLL = 6, 4
 UPDATE_TILE = (256, 4)  # BD, warps
 

@@ -352,15 +352,16 @@ def chunk_forward(
         else:
             if on_hopper:  # loaded where they serve: another version of Triton may not have what they need
                 from gdn_ops.kernels.hopper.invert import invert
+                from gdn_ops.kernels.hopper.maps import maps as map_forth
                 from gdn_ops.kernels.hopper.narrow_scan import narrow_scan
                 from gdn_ops.kernels.hopper.scan import scan as wide_scan
 
                 run = narrow_scan if hopper.has_room(q, v, table) else wide_scan
                 x = invert(k, g, beta, table)
             else:
-                run, x = scan, intra_chunk(q, k, g, beta, table, scale)
+                run, map_forth, x = scan, maps, intra_chunk(q, k, g, beta, table, scale)
             if table.segment is not None:
-                forth = maps(x, k, v, table, initial_state)
+                forth = map_forth(x, k, v, table, initial_state)
                 initial_state = combine(forth, initial_state, final, q, T, table, reverse=False)
             run(x, q, k, v, scale, table, o=o, initial_state=initial_state, final_state=final)
     return o[..., :V].contiguous(), final_state[:, :, :K, :V].contiguous()
