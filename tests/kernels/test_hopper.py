@@ -25,13 +25,13 @@ from gdn_ops.kernels.hopper import maps as maps_module
 from gdn_ops.kernels.hopper import narrow_scan as narrow_module
 from gdn_ops.kernels.hopper import scan as scan_module
 from gdn_ops.kernels.hopper import tiles
-from gdn_ops.kernels.triton import segments as segments_module
 from gdn_ops.kernels.triton.chip import CHIPS, as_if_on
 from gdn_ops.kernels.triton.chunk_backward import chunk_backward
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
 from gdn_ops.kernels.triton.chunk_table import CHUNK, chunk_table
 from gdn_ops.kernels.triton.intra_chunk import STRETCH, intra_chunk
 from gdn_ops.kernels.triton.launch import traced
+from gdn_ops.kernels.triton.segments import maps as portable_maps
 from gdn_ops.kernels.triton.segments import segment_length
 from tests.kernels.interpreter import cutting
 from tests.kernels.roles import roles_kernel
@@ -125,7 +125,7 @@ def test_the_scans_compile_and_fit(tmp_path, element, K, V, state):
 @pytest.mark.parametrize("element, K, V, state", KINDS)
 def test_the_maps_compile_and_two_fit(tmp_path, element, K, V, state):
     types = tiles_of(element) | {"M": descriptor([1, tiles.BK, hopper.NARROW], "bf16"), "B": "*fp32"}
-    constants = {"H": 2, "HV": 4, "K": K, "V": V, "STAGES": maps_module.STAGES, "BESIDE": state}
+    constants = {"H": 2, "HV": 4, "K": K, "V": V, "STAGES": maps_module.STAGES}
     types, constants = with_states(types, constants | roles_of(maps_module), ("enter",), state)
     result = built(tmp_path, maps_module.hopper_map_kernel, types, constants, maps_module.REGISTERS)
     check_built(result)
@@ -170,7 +170,7 @@ def test_the_inverse_compiles_and_seven_fit(tmp_path, element, backward):
         **dict.fromkeys(("T", "since", "until", "stride_g_b", "stride_g_h", "stride_beta_b", "stride_beta_h"), "i32"),
     }
     constants = {"H": 2, "HV": 4, "SCALE": 1.0 if backward else STRETCH, "stride_g_t": 4, "stride_beta_t": 8}
-    constants["BESIDE"] = not backward
+    constants["EARLY"] = not backward
     types, constants = with_states(types, constants, ("rate", "erasing"), backward)
     if not backward:
         constants["inverse"] = types.pop("inverse") and None
@@ -444,12 +444,12 @@ def test_maps_are_the_portable_ones(dtype, B, T, H, HV, K, V, state):
     inverse = invert_module.invert(x["k"], x["g"], x["beta"], table)
     place = torch.arange(table.segments) % (table.segments // B)
     first, last = place == 0, place == place.max()
-    for beside in (False, True):
-        here = maps_module.maps(inverse, x["k"], x["v"], table, x["initial_state"], beside)
-        there = segments_module.maps(inverse, x["k"], x["v"], table, x["initial_state"])
-        assert_close(here.B[~last], there.B[~last], 1e-4, "B")
-        here, there = (maps.M[~(first | last)].float().sum(2) for maps in (here, there))
-        assert_close(here, there, 1e-4, "M")
+    here, there = (
+        maps(inverse, x["k"], x["v"], table, x["initial_state"]) for maps in (maps_module.maps, portable_maps)
+    )
+    assert_close(here.B[~last], there.B[~last], 1e-4, "B")
+    here, there = (maps.M[~(first | last)].float().sum(2) for maps in (here, there))
+    assert_close(here, there, 1e-4, "M")
 
 
 @gpu

@@ -100,14 +100,13 @@ def test_parts_of_sequences_give_the_same_bits(monkeypatch, B, T, V, state, part
 @pytest.mark.parametrize(
     "B, T, HV, K, V, dtype, state", [(1, 450, 2, 128, 128, BF16, True), (2, 384, 3, 96, 200, FP16, False)]
 )
-@pytest.mark.parametrize("beside", [False, True])
-def test_maps_are_the_portable_ones(B, T, HV, K, V, dtype, state, beside):
+def test_maps_are_the_portable_ones(B, T, HV, K, V, dtype, state):
     x = make_inputs(B, T, 1, HV, K, V, dtype, initial_state=state)
     x["g"] = x["g"] * 0.01  # or a map of the state is nearly zero
     table = chunk_table(B, T, None, 2)
     with interpreted():
         chunk = invert_module.invert(x["k"], x["g"], x["beta"], table)
-        here = hopper_maps(chunk, x["k"], x["v"], table, x["initial_state"], beside)
+        here = hopper_maps(chunk, x["k"], x["v"], table, x["initial_state"])
     there = call("segments:maps", chunk, x["k"], x["v"], table, x["initial_state"]).result
     place = torch.arange(table.segments) % (table.segments // B)
     first, last = place == 0, place == place.max()

@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from gdn_ops.kernels.hopper.tiles import (
     ALONG_C,
@@ -392,8 +391,6 @@ def hopper_both_ways_kernel(
     """``before`` and ``after`` are of each segment, ``leave`` of each sequence, the three may be None. With ``MAP``
     there is the way back alone, over all segments but first ones: ``after`` is of each sequence, ``leave`` of each
     segment, nothing else is written."""
-    if MAP:
-        gdc_launch_dependents()  # the maps of the way forth may begin
     C: gl.constexpr = k.block_type.shape[2]
     BV: gl.constexpr = do.block_type.shape[3]
     NV: gl.constexpr = (V + PARTS * BV - 1) // (PARTS * BV)

@@ -270,11 +270,11 @@ def hopper_invert_kernel(
     H: gl.constexpr,
     HV: gl.constexpr,
     SCALE: gl.constexpr,
-    BESIDE: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """Outputs are those of ``invert_kernel``; ``rate``, ``erasing`` and ``inverse`` may be None. Of every sequence the
-    chunks from ``since`` to ``until``. ``BESIDE``: it started before the kernel before it was over, and is not over
-    before that one is; so what comes next need not know."""
+    chunks from ``since`` to ``until``. ``EARLY``: it starts before the kernel before it is over, and is not over before
+    that one is, so that what comes next need not know."""
     C: gl.constexpr = k.block_type.shape[2]
     BK: gl.constexpr = k.block_type.shape[3]
     of: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
@@ -466,7 +466,7 @@ def hopper_invert_kernel(
             _round_rows(inverse, rows_s, alike_s, True)
         rows_s.store(x * rate_s.load(of_rate)[None, :])
         _round_rows(scaled, rows_s, alike_s, False)
-    if BESIDE:  # noqa: SIM102, decided when it is compiled
+    if EARLY:  # noqa: SIM102, decided when it is compiled
         if program == gl.num_programs(0) - 1:
             gdc_wait()
 
@@ -475,7 +475,7 @@ def inverse_by_parts(
     k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False
 ) -> tuple[IntraChunk, Callable[..., None]]:
     """Room for what :func:`invert` gives, and what fills the chunks ``since`` to ``until`` of every sequence.
-    ``beside``: while the kernel that was started last, of which it reads nothing, still runs, if that one lets it."""
+    ``early``: while the kernel that was started last, of which it reads nothing, still runs, if that one lets it."""
     T, H = k.shape[1:3]
     HV = g.shape[2]
 
@@ -492,10 +492,10 @@ def inverse_by_parts(
     x = IntraChunk(buffer(2 * CHUNK), vector(), vector(), square(), None, rate, erasing, inverse, None)
     tensors = (heads(k, BK), g, beta, x.c_sum, x.from_start, x.to_end, rate, erasing, x.T, inverse)
 
-    def run(since: int, until: int, beside: bool = False) -> None:
+    def run(since: int, until: int, early: bool = False) -> None:
         hopper_invert_kernel[(k.shape[0] * (until - since) * HV,)](
             *tensors, T, since, until, **strides_of("g", g), **strides_of("beta", beta), H=H, HV=HV,
-            SCALE=1.0 if backward else STRETCH, BESIDE=beside, num_warps=4, maxnreg=REGISTERS, launch_pdl=beside,
+            SCALE=1.0 if backward else STRETCH, EARLY=early, num_warps=4, maxnreg=REGISTERS, launch_pdl=early,
         )  # fmt: skip
 
     return x, run

@@ -181,9 +181,8 @@ def hopper_map_kernel(
     V: gl.constexpr,
     STAGES: gl.constexpr,
     TO_LOAD: gl.constexpr,
-    BESIDE: gl.constexpr,
 ):
-    """``enter`` may be None. ``BESIDE`` is that of ``hopper_invert_kernel``."""
+    """``enter`` may be None."""
     C: gl.constexpr = k.block_type.shape[2]
     BV: gl.constexpr = v.block_type.shape[3]
     NK: gl.constexpr = (K + BV - 1) // BV
@@ -216,8 +215,7 @@ def hopper_map_kernel(
     tensors = (k, v, transition, from_start, to_end)
     tiles = (k_s, v_s, t_s, g_s, d_s)
     place = (b, hv, columns, part * SEGMENT, SEGMENT, NT, b * parts + part, of_key)
-    if not BESIDE:
-        gdc_wait()  # for the kernel before it, which this one need not see end before it starts
+    gdc_wait()  # for the kernel before it, which this one need not see end before it starts
     gl.warp_specialize(
         [
             (_write, (enter, M, B, tiles, full, empty, place, HV, K, V)),
@@ -226,16 +224,10 @@ def hopper_map_kernel(
         [1],
         [TO_LOAD],
     )
-    if BESIDE:  # noqa: SIM102, decided when it is compiled
-        if program == gl.num_programs(0) - 1:
-            gdc_wait()
 
 
-def maps(
-    x: IntraChunk, k: Tensor, v: Tensor, table: ChunkTable, enter: Tensor | None, beside: bool = False
-) -> Maps:  # fmt: skip
-    """What ``segments.maps`` does, for calls that ``hopper.serves`` takes; ``x`` is ``invert``'s. ``beside`` is
-    that of ``inverse_by_parts``."""
+def maps(x: IntraChunk, k: Tensor, v: Tensor, table: ChunkTable, enter: Tensor | None) -> Maps:
+    """What ``segments.maps`` does, for calls that ``hopper.serves`` takes; ``x`` is ``invert``'s."""
     T, H, K = k.shape[1:]
     HV, V = v.shape[2:]
     M = torch.empty((table.segments, HV, 2, K, K), dtype=torch.bfloat16, device=k.device)
@@ -245,6 +237,6 @@ def maps(
     hopper_map_kernel[(table.sequences * HV * tiles,)](
         heads(k, BK), heads(v, NARROW), rows_of(x.T, CHUNK), rows_of(x.from_start, 1), rows_of(x.to_end, 1), enter,
         matrices(M.flatten(0, 1), BK, NARROW), B, T, table.segment, H=H, HV=HV, K=K, V=V, STAGES=STAGES,
-        TO_LOAD=REGISTERS_TO_LOAD, BESIDE=beside, num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
+        TO_LOAD=REGISTERS_TO_LOAD, num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
     )  # fmt: skip
     return Maps(M, B)

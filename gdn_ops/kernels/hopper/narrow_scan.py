@@ -360,5 +360,5 @@ def narrow_scan_by_parts(
         until = since + part
         run(since, until, initial_state if since == 0 else between, between if ahead else final_state)
         if ahead:
-            invert_part(until, until + ahead, beside=True)
+            invert_part(until, until + ahead, early=True)
         since = until

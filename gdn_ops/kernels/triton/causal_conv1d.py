@@ -42,7 +42,7 @@ from gdn_ops.kernels.triton.launch import launch
 
 FORWARD_TILE = (16, 128, 2)  # BT, BD, warps: 32 outputs a thread, 16-byte accesses for bf16 and fp32
 BACKWARD_TILE = (64, 256, 2)  # four channels a thread; the partial sums are a tenth of the input
-# Tokens that the backward loads ahead, and steps of its loop in one, within which what was loaded and what is unfinished
+# Tokens that the backward loads ahead, and steps of its loop in one, in which what was loaded and what is unfinished
 # change their names, not their registers.
 AHEAD, UNROLL = 6, 4
 UPDATE_TILE = (256, 4)  # BD, warps

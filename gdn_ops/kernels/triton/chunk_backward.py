@@ -638,21 +638,19 @@ def _group(
         from gdn_ops.kernels.hopper import both_ways
         from gdn_ops.kernels.hopper.gradients import gradients
         from gdn_ops.kernels.hopper.invert import invert
-        from gdn_ops.kernels.hopper.maps import maps as hopper_maps
+        from gdn_ops.kernels.hopper.maps import maps as map_forth
 
         x = invert(k, g, beta, table, backward=True)
-        map_forth = partial(hopper_maps, beside=True)
         map_back, run = (partial(way, q=q, scale=scale) for way in (both_ways.reverse_maps, both_ways.scan_both_ways))
     else:
         x = intra_chunk(q, k, g, beta, table, scale, backward=True)
     if table.segment is not None:
-        # The way back first: on Hopper the other one, of more programs, runs beside it. M serves both.
-        B_back = torch.empty((table.segments, HV, K, V), dtype=torch.float32, device=device)
-        map_back(x, do, k, table, enter=dfinal_state, leave=B_back)
         segments = map_forth(x, k, v, table, initial_state)
         before = combine(segments, initial_state, None, q, T, table, reverse=False)
-        after = combine(segments._replace(B=B_back), dfinal_state, leave, q, T, table, reverse=True)
-        del segments, B_back
+        # M is that of the way back, too; B has been used, and its memory takes the other one.
+        map_back(x, do, k, table, enter=dfinal_state, leave=segments.B)
+        after = combine(segments, dfinal_state, leave, q, T, table, reverse=True)
+        del segments
     states = torch.empty((table.chunks, HV, V, K), dtype=q.dtype, device=device)
     written = torch.empty((table.chunks, HV, V, CHUNK), dtype=q.dtype, device=device)
     dstates = torch.empty_like(states)
