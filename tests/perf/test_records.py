@@ -14,7 +14,7 @@ from perf.report import summary
 from perf.shapes import DIRECTIONS, DTYPES, Cost, Shape
 
 ENVIRONMENT = Environment(
-    "2026-01-01T00:00:00Z", "abc", "a device", "1.0", "2.11.0", "3.6.0", "0.6.0", "", "", "", "", 4300.0, 750.0
+    "2026-01-01T00:00:00Z", "abc", "a device", "1.0", "2.11.0", "3.6.0", "0.6.0", "", "", "", "", "", 4300.0, 750.0
 )
 SHAPE = Shape(16, 32, 1, 8192)
 

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import gdn_ops
 from perf import providers, runs
 from perf.__main__ import main
 from perf.cpu_providers import CPU_PROVIDERS
@@ -272,6 +273,24 @@ def test_bad_arguments(capsys):
         with pytest.raises(SystemExit):
             main(["gpu"])
         assert "expected a CUDA device" in capsys.readouterr().err
+
+
+def test_flashinfer_gets_packed_sequences_and_the_gate_itself(monkeypatch):
+    """What it is called with is checked by a stand-in that computes the rule from it."""
+
+    def rule(q, k, v, g, beta, *, scale, cu_seqlens):
+        batched = (t.unflatten(0, (-1, int(cu_seqlens[1]))) for t in (q, k, v, g.log(), beta))
+        assert cu_seqlens.tolist() == [0, 40, 80] and g.dtype == beta.dtype == torch.float32
+        return gdn_ops.chunk_gated_delta_rule(*batched, scale=scale)[0].flatten(0, 1)
+
+    module = ModuleType("flashinfer.gdn_prefill")
+    module.chunk_gated_delta_rule = rule
+    monkeypatch.setitem(sys.modules, "flashinfer.gdn_prefill", module)
+    x = make_inputs(Shape(1, 2, 2, 40, 16, 16), torch.float32, "cpu")
+    want = providers.first_result(PROVIDERS[OURS].bind(x, "forward"))
+    assert_close(PROVIDERS["FlashInfer"].bind(x, "forward")(), want, 1e-6, "o")
+    with pytest.raises(Unavailable, match="FlashInfer: expected forward, got backward"):
+        PROVIDERS["FlashInfer"].bind(x, "backward")
 
 
 @pytest.mark.gpu
