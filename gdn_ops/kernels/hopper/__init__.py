@@ -1,5 +1,5 @@
-"""Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: the inverse, the scans and the
-gradients on Hopper.
+"""Kernels for one chip, where the portable ones of ``kernels/triton`` leave a gap: the inverse, the scans, the maps of
+segments and the gradients on Hopper.
 
 They are written in Gluon (``triton.experimental.gluon``, part of Triton), which Inductor does not take. For their sake
 a large call stays one node in the graphs of ``torch.compile`` (:func:`serves_whole`); small ones, and packages, are

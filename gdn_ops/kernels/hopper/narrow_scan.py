@@ -16,7 +16,8 @@ values, and the chain to itself:
 
       O = scale * exp(c) * (Q S) + P V'                   P = scale (Q K^T) * D
 
-The numbers are those of ``scan.py``, bit by bit. docs/kernels.md says what each is worth where.
+The numbers are those of ``scan.py``, bit by bit. docs/kernels.md says what each is worth where. Where whole sequences
+leave half of the chip idle they are taken in parts (``narrow_scan_by_parts``), and that half inverts meanwhile.
 """
 
 from __future__ import annotations
@@ -264,7 +265,7 @@ def hopper_narrow_scan_kernel(
 ):
     """Arguments are those of ``hopper_scan_kernel``, and which chunks of every sequence count. A program takes every
     ``programs``-th of the ``items``: where there is room one, but it is right for any number."""
-    gdc_launch_dependents()  # an inverse beside it may begin
+    gdc_launch_dependents()  # the inverse of the next part may begin
     C: gl.constexpr = k.block_type.shape[2]
     BK: gl.constexpr = k.block_type.shape[3]
     BV: gl.constexpr = v.block_type.shape[3]
@@ -349,7 +350,7 @@ def narrow_scan_by_parts(
     parts: Sequence[int], q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, table: ChunkTable, *,
     o: Tensor, initial_state: Tensor | None, final_state: Tensor | None,
 ) -> None:  # fmt: skip
-    """The inverse and the scan, of whole sequences whose ``parts`` have so many chunks: the inverse of a part runs on
+    """The inverse and the scan of whole sequences, whose ``parts`` have so many chunks: the inverse of a part runs on
     the multiprocessors that the scan of the part before it leaves free."""
     x, invert_part = inverse_by_parts(k, g, beta, table)
     run = _prepared(x, q, k, v, scale, table, o)
