@@ -42,6 +42,7 @@ from gdn_ops.kernels.hopper.tiles import (
     next_stage,
     rows_of,
     state_tile,
+    transformed,
 )
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk
@@ -84,16 +85,6 @@ def _load(tensors, tiles, full, empty, place, H: gl.constexpr, HV: gl.constexpr)
 
 
 @gluon.jit
-def _values(v_s, t_s, stage):
-    """Starts ``V^T T^T``."""
-    C: gl.constexpr = v_s.shape[3]
-    BV: gl.constexpr = v_s.shape[4]
-    none = gl.zeros([BV, C], gl.float32, OF_C)
-    v_vc = v_s.index(stage).reshape([C, BV]).permute((1, 0))
-    return warpgroup_mma(v_vc, t_s.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _write(enter, M, B, tiles, full, empty, place, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr):
     k_s, v_s, t_s, g_s, d_s = tiles
     b, hv, columns, first, chunks, _NT, segment, of_key = place
@@ -121,7 +112,7 @@ def _write(enter, M, B, tiles, full, empty, place, HV: gl.constexpr, K: gl.const
     phase = 0
     last = 0
     mbarrier.wait(full.index(0), 0)
-    w_vc = _values(v_s, t_s, 0)
+    w_vc = transformed(v_s, t_s, 0)
     S_vk = warpgroup_mma_wait(1, deps=(S_vk,))  # as at the loop's end, or ptxas waits in it
     for i in range(chunks):
         k_ck = k_s.index(stage).reshape([C, BK])
@@ -142,7 +133,7 @@ def _write(enter, M, B, tiles, full, empty, place, HV: gl.constexpr, K: gl.const
         last = stage
         stage, phase = next_stage(stage, phase, STAGES)
         mbarrier.wait(full.index(stage), phase, pred=i + 1 < chunks)
-        w_vc = _values(v_s, t_s, stage)
+        w_vc = transformed(v_s, t_s, stage)
         S_vk = warpgroup_mma_wait(1, deps=(S_vk,))
     warpgroup_mma_wait(0, deps=(w_vc,))
 

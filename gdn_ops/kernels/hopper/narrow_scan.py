@@ -55,6 +55,7 @@ from gdn_ops.kernels.hopper.tiles import (
     piece_of,
     rows_of,
     state_tile,
+    transformed,
 )
 from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
@@ -110,17 +111,6 @@ def _load(tensors, tiles, full, empty, work, H: gl.constexpr, HV: gl.constexpr, 
 
 
 @gluon.jit
-def _values(tiles, stage):
-    """Starts ``V^T T^T``."""
-    v_s = tiles[2]
-    C: gl.constexpr = v_s.shape[3]
-    BV: gl.constexpr = v_s.shape[4]
-    none = gl.zeros([BV, C], gl.float32, OF_C)
-    v_vc = v_s.index(stage).reshape([C, BV]).permute((1, 0))
-    return warpgroup_mma(v_vc, tiles[3].index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _write(states, tiles, kept, barriers, work, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr):
     initial_state, final_state = states
     _, k_s, v_s, t_s, _, g_s, d_s = tiles
@@ -137,7 +127,7 @@ def _write(states, tiles, kept, barriers, work, HV: gl.constexpr, K: gl.constexp
     number = 0
     last = 0
     mbarrier.wait(full.index(0), 0)
-    w_vc = _values(tiles, 0)
+    w_vc = transformed(v_s, t_s, 0)
     for item in range(gl.program_id(0), items, programs):
         b, hv, v0, first, chunks, segment, _NT = piece_of(item, T, SEGMENT, HV, V, C, BV, since, until)
         if initial_state is None:
@@ -178,7 +168,7 @@ def _write(states, tiles, kept, barriers, work, HV: gl.constexpr, K: gl.constexp
             number += 1
             ahead, phase_ahead = _stage(number, STAGES)
             mbarrier.wait(full.index(ahead), phase_ahead, pred=(i + 1 < chunks) | (item + programs < items))
-            w_vc = _values(tiles, ahead)
+            w_vc = transformed(v_s, t_s, ahead)
             S_vk = warpgroup_mma_wait(1, deps=(S_vk,))
             last = stage
         if final_state is not None:  # noqa: SIM102, decided when it is compiled

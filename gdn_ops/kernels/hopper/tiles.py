@@ -89,6 +89,16 @@ def state_tile(first, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl
 
 
 @gluon.jit
+def transformed(v_s, t_s, stage):
+    """Starts ``V^T T^T``."""
+    C: gl.constexpr = v_s.shape[3]
+    BV: gl.constexpr = v_s.shape[4]
+    none = gl.zeros([BV, C], gl.float32, OF_C)
+    v_vc = v_s.index(stage).reshape([C, BV]).permute((1, 0))
+    return warpgroup_mma(v_vc, t_s.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def likeness(q_s, k_s, stage, PARTS: gl.constexpr, part: gl.constexpr):
     """Starts a part's columns of ``Q K^T``."""
     C: gl.constexpr = k_s.shape[3]
