@@ -130,3 +130,12 @@ def check_inverse(here, there, case: str) -> None:
             assert_close(got, want, 2 * 2**-bits, name)
             lost = (got.double() - want.double()).cumsum(-2)
             assert lost.abs().max() <= 8 * 2**-bits * want.abs().max(), name
+
+
+def check_maps(here, there, table, bound: float) -> None:
+    """``Maps`` of the kernel for Hopper, and the portable ones: of both, only what something needs is written."""
+    place = torch.arange(table.segments) % (table.segments // table.sequences)
+    first, last = place == 0, place == place.max()
+    assert_close(here.B[~last], there.B[~last], bound, "B")
+    M, want = (maps.M[~(first | last)].float().sum(2) for maps in (here, there))
+    assert_close(M, want, bound, "M")

@@ -295,7 +295,7 @@ def hopper_invert_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     plain_2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
-    gdc_launch_dependents()  # a scan may wait in the wings
+    gdc_launch_dependents()  # the narrow scan's programs may start, and wait for the end
     program = gl.program_id(0)
     hv = program % HV
     b = program // HV // (until - since)

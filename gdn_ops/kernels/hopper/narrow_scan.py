@@ -50,6 +50,7 @@ from gdn_ops.kernels.hopper.tiles import (
     OF_K,
     decays,
     heads,
+    hidden,
     last_of,
     likeness,
     piece_of,
@@ -171,7 +172,9 @@ def _write(states, tiles, kept, barriers, work, HV: gl.constexpr, K: gl.constexp
             w_vc = transformed(v_s, t_s, ahead)
             S_vk = warpgroup_mma_wait(1, deps=(S_vk,))
             last = stage
-        if final_state is not None:  # noqa: SIM102, decided when it is compiled
+        if final_state is not None:
+            # Once more, so that nothing of it stays in registers through the loop.
+            b, hv, v0, first, chunks, _segment, _NT = piece_of(hidden(item), T, SEGMENT, HV, V, C, BV, since, until)
             if first + chunks == until:
                 at = final_state + (b * HV + hv).to(gl.int64) * (K * V)
                 offsets, mask = state_tile(v0, K, V, BK, BV)
