@@ -182,6 +182,7 @@ def recurrent_gated_delta_rule_(
     allow_neg_eigval: bool = False,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    token_state_indices: Tensor | None = None,
 ) -> Tensor:
     """Reads and writes the states in place in a pool ``state [P, HV, K, V]``; returns ``o``. Not differentiable.
 
@@ -189,6 +190,13 @@ def recurrent_gated_delta_rule_(
     state is touched and the output is zero. Any other value outside ``[0, P)`` raises ``IndexError`` on CPU and is
     treated as padding on CUDA, where checking would stall the stream. What a slot holds after a call that names it
     twice is not defined: on CUDA its heads may even come from different sequences. Other slots are not touched by it.
+
+    ``token_state_indices [B, T]`` (int32 or int64; packed along T like the tokens) names the slot that receives the
+    state after each token, rounded to the pool's dtype; ``-1``: that state is not kept. The sequence's own slot is then
+    only read, before any of its tokens writes: it stays as it is unless one of them names it, and sequences may share
+    it. A padding sequence leaves no states. Values outside ``[-1, P)`` as above. Not defined: what a slot holds that
+    two tokens name, and what a sequence makes of a slot that another one's token names.
+
     Other arguments as :func:`chunk_gated_delta_rule`.
 
     Example::
@@ -199,6 +207,20 @@ def recurrent_gated_delta_rule_(
         >>> o = recurrent_gated_delta_rule_(q, k, v, g, beta, pool, slots)
         >>> pool.any(-1).any(-1).any(-1).nonzero().flatten(), bool(o[1].any())
         (tensor([5]), False)
+
+    Speculative decoding: one call verifies draft tokens and keeps the state after each; the next one goes on from that
+    after the last accepted token (from slot 0, which has not changed, if there is none)::
+
+        >>> q, k = torch.nn.functional.normalize(torch.randn(2, 1, 3, 2, 64), dim=-1)
+        >>> v, g, beta = torch.randn(1, 3, 4, 64), -torch.rand(1, 3, 4), torch.rand(1, 3, 4)
+        >>> pool, slots, drafts = torch.zeros(8, 4, 64, 64), torch.tensor([0]), torch.tensor([[5, 6, 7]])
+        >>> o = recurrent_gated_delta_rule_(q, k, v, g, beta, pool, slots, token_state_indices=drafts)
+        >>> pool.any(-1).any(-1).any(-1).nonzero().flatten()
+        tensor([5, 6, 7])
+        >>> accepted = 2
+        >>> slots = drafts[:, accepted - 1]
+        >>> slots
+        tensor([6])
     """
     q, k, g, beta = _prepare(
         q, k, v, g, beta, use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias,
@@ -207,12 +229,16 @@ def recurrent_gated_delta_rule_(
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     validation.pool(state, "state", _state_shape(q, v, state_v_first), q, "q")
     if state_indices is not None:
-        validation.state_indices(state_indices, N, q, "q")
+        validation.state_indices(state_indices, "state_indices", (N,), q, "q")
     elif state.shape[0] < N:
         raise ValueError(f"state: expected at least {N} slots without state_indices, got {state.shape[0]}")
+    if token_state_indices is not None:
+        validation.state_indices(token_state_indices, "token_state_indices", tuple(q.shape[:2]), q, "q")
     state = state.mT if state_v_first else state
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return torch.ops.gdn.recurrent_gated_delta_rule_(q, k, v, g, beta, state, state_indices, cu_seqlens, scale)
+    return torch.ops.gdn.recurrent_gated_delta_rule_(
+        q, k, v, g, beta, state, state_indices, token_state_indices, cu_seqlens, scale
+    )
 
 
 def chunk_gated_linear_attention(
@@ -343,7 +369,7 @@ def causal_conv1d_update_(
     validation.causal_conv1d(x, weight, bias, activation, None)
     validation.pool(state, "state", (weight.shape[0], weight.shape[1] - 1), x, "x")
     if state_indices is not None:
-        validation.state_indices(state_indices, x.shape[0], x, "x")
+        validation.state_indices(state_indices, "state_indices", (x.shape[0],), x, "x")
     elif state.shape[0] < x.shape[0]:
         raise ValueError(f"state: expected at least {x.shape[0]} slots without state_indices, got {state.shape[0]}")
     y = torch.ops.gdn.causal_conv1d_update_(x, weight, bias, state, state_indices, activation is not None)

@@ -86,11 +86,11 @@ def pool(x: Tensor, name: str, slot: tuple, like: Tensor, like_name: str) -> Non
     state(x, name, (x.shape[0], *slot), like, like_name)
 
 
-def state_indices(x: Tensor, N, like: Tensor, like_name: str) -> None:
-    """One slot a sequence."""
-    _tensor(x, "state_indices", 1, (torch.int32, torch.int64))
-    _shape(x, "state_indices", (N,))
-    _device(x, "state_indices", like, like_name)
+def state_indices(x: Tensor, name: str, shape: tuple, like: Tensor, like_name: str) -> None:
+    """Slots of a pool, one a sequence or one a token."""
+    _tensor(x, name, len(shape), (torch.int32, torch.int64))
+    _shape(x, name, shape)
+    _device(x, name, like, like_name)
 
 
 def causal_conv1d(x, weight, bias, activation, cu_seqlens) -> None:

@@ -50,10 +50,11 @@ def test_signature_is_the_designs(function):
 
 def test_signatures_of_the_others():
     in_place = {n: d for n, d in RULE_SIGNATURE.items() if n not in ("initial_state", "output_final_state")}
-    assert signature(gdn_ops.recurrent_gated_delta_rule_) == {**in_place, "state": REQUIRED, "state_indices": None}
-    assert list(signature(gdn_ops.recurrent_gated_delta_rule_))[:7] == [
-        "q", "k", "v", "g", "beta", "state", "state_indices",
-    ]  # fmt: skip
+    pool = {"state": REQUIRED, "state_indices": None, "token_state_indices": None}
+    assert signature(gdn_ops.recurrent_gated_delta_rule_) == {**in_place, **pool}
+    names = list(signature(gdn_ops.recurrent_gated_delta_rule_))
+    assert names[:7] == ["q", "k", "v", "g", "beta", "state", "state_indices"]
+    assert names[-2:] == ["cu_seqlens", "token_state_indices"]
     assert signature(gdn_ops.causal_conv1d) == {
         "x": REQUIRED, "weight": REQUIRED, "bias": None, "initial_state": None, "output_final_state": False,
         "activation": None, "cu_seqlens": None,

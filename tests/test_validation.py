@@ -198,6 +198,31 @@ BAD_POOL = {
         {"state_indices": torch.zeros(2)},
     ),
     "indices_type": (TypeError, r"state_indices: expected a torch.Tensor, got list", {"state_indices": [0, 1]}),
+    "token_indices_dims": (
+        ValueError,
+        r"token_state_indices: expected 2 dimensions, got shape \(2,\)",
+        {"token_state_indices": torch.zeros(2).int()},
+    ),
+    "token_indices_shape": (
+        ValueError,
+        r"token_state_indices: expected shape \(2, 5\), got \(2, 4\)",
+        {"token_state_indices": torch.zeros(2, 4).int()},
+    ),
+    "token_indices_dtype": (
+        TypeError,
+        r"token_state_indices: expected dtype torch.int32 or torch.int64, got torch.int16",
+        {"token_state_indices": torch.zeros(2, 5).short()},
+    ),
+    "token_indices_type": (
+        TypeError,
+        r"token_state_indices: expected a torch.Tensor, got list",
+        {"token_state_indices": [[0] * 5] * 2},
+    ),
+    "token_indices_device": (
+        ValueError,
+        r"token_state_indices: expected device cpu \(as q\), got meta",
+        {"token_state_indices": torch.zeros(2, 5, device="meta").int()},
+    ),
     "beta": (TypeError, r"beta: expected a torch.Tensor, got NoneType", {"beta": None}),
 }
 

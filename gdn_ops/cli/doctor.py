@@ -215,8 +215,12 @@ def _state_pool(device: str, dtype: torch.dtype) -> float:
     pool = torch.zeros(5, *state.shape[1:], device=device)
     slots = torch.tensor([3, 1], dtype=torch.int32, device=device)
     pool[slots.long()] = state
+    last = torch.full(inputs[0].shape[:2], -1, dtype=torch.int32, device=device)
+    last[0, -1], last[1, -1] = 0, 4
+    o_kept = gdn_ops.recurrent_gated_delta_rule_(*inputs, pool, slots, token_state_indices=last)
     o = gdn_ops.recurrent_gated_delta_rule_(*inputs, pool, slots)
-    return _error((o, pool[slots.long()]), _rule_expected(tensors))
+    expected = _rule_expected(tensors)
+    return _error((o_kept, pool[[0, 4]], o, pool[slots.long()]), expected + expected)
 
 
 def _conv_inputs(device: str, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -39,6 +39,10 @@ def _fake_backward(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens
     return (*(fresh(x, *x.shape) for x in (q, k, v, g, beta)), dS)
 
 
+def _fake_update(q, k, v, g, beta, state, state_indices, token_state_indices, cu_seqlens, scale):
+    return fresh(v, *v.shape)
+
+
 def _forward_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
     """Products of one chunkwise pass over ``q, k, v`` shapes at chunk C (multiply and add count two)."""
     (B, T, HV, V), K, C = v, k[-1], CHUNK
@@ -99,11 +103,11 @@ recurrent_gated_delta_rule = register(
     flops=_forward_flops,
 )
 recurrent_gated_delta_rule_ = register(
-    f"recurrent_gated_delta_rule_({_INPUTS}, Tensor(a!) state, Tensor? state_indices, Tensor? cu_seqlens, "
-    "float scale) -> Tensor",
+    f"recurrent_gated_delta_rule_({_INPUTS}, Tensor(a!) state, Tensor? state_indices, Tensor? token_state_indices, "
+    "Tensor? cu_seqlens, float scale) -> Tensor",
     cpu=cpu.recurrent_update_,
     triton="recurrent:recurrent_update_",
-    fake=lambda q, k, v, g, beta, state, state_indices, cu_seqlens, scale: fresh(v, *v.shape),
+    fake=_fake_update,
     autocast=(0, 1, 2),
     flops=_forward_flops,
 )

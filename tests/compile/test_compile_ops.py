@@ -137,6 +137,31 @@ def test_decode_in_place(device):
 
 
 @on_devices
+def test_states_of_tokens_in_place(device):
+    """Drafts and then the step after the accepted ones, on one pool in one graph."""
+
+    def verify(q, k, v, g, beta, pool, slots, drafts, accepted):
+        tokens = [x.flatten(0, 1)[None] for x in (q, k, v, g, beta)]
+        bounds = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * q.shape[1]
+        o = gdn_ops.recurrent_gated_delta_rule_(
+            *tokens, pool, slots, cu_seqlens=bounds, token_state_indices=drafts.flatten()[None]
+        )
+        slots = drafts.gather(1, accepted[:, None])[:, 0]
+        return o, gdn_ops.recurrent_gated_delta_rule_(q, k, v, g, beta, pool, slots)
+
+    x, pool = make_inputs(2, 3, 2, 4, 16, 8, device=device), torch.randn(8, 4, 16, 8, device=device)
+    slots, accepted = torch.tensor([1, 0], device=device), torch.tensor([2, 1], device=device)
+    drafts = torch.tensor([[2, -1, 3], [4, 5, 6]], device=device)
+    eager_pool, before = pool.clone(), pool.clone()
+    tokens = [x[n] for n in TOKENS]
+    got = torch.compile(verify, fullgraph=True)(*tokens, pool, slots, drafts, accepted)
+    for g, w in zip(got, verify(*tokens, eager_pool, slots, drafts, accepted)):
+        assert_close(g, w, 1e-5, "o")
+    assert_close(pool, eager_pool, 1e-5, "pool")
+    assert (pool != before).flatten(1).any(1).tolist() == [False, False, True, True, True, True, True, False]
+
+
+@on_devices
 def test_activation_checkpointing_with_the_save_list(device):
     """Selective checkpointing under the compiler: the operator runs once forward, and gradients stay right."""
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts

@@ -4,8 +4,9 @@
     compute-sanitizer --tool racecheck python -m tests.kernels.sanitize
 
 Dense and packed, cut into segments and whole, by one warpgroup and by two, wide keys, odd heads, all dtypes, states
-in and out, pools with padding. It says what it ran and ends with an error if a result is not finite. ``--only`` takes
-parts, for processes side by side; ``--device cpu`` runs the CPU kernels, to see that the script itself is right.
+in and out, pools with padding, states of tokens. It says what it ran and ends with an error if a result is not finite.
+``--only`` takes parts, for processes side by side; ``--device cpu`` runs the CPU kernels, to see that the script itself
+is right.
 """
 
 from __future__ import annotations
@@ -78,9 +79,19 @@ def pools(device: str) -> list[Tensor]:
     return [o, states, y, windows]
 
 
+def drafts(device: str) -> list[Tensor]:
+    x = make_inputs(1, 9, 2, 4, 100, 72, BF16, device, cu_seqlens=[0, 4, 4, 9])
+    del x["initial_state"]
+    states = torch.ones(8, 4, 100, 72, dtype=BF16, device=device)
+    indices = torch.tensor([2, -1, 0], dtype=torch.int32, device=device)
+    tokens = torch.tensor([[7, -1, 6, 2, 5, -1, -1, 4, 3]], dtype=torch.int32, device=device)
+    o = gdn_ops.recurrent_gated_delta_rule_(**x, state=states, state_indices=indices, token_state_indices=tokens)
+    return [o, states]
+
+
 def jobs() -> dict[str, Callable[[str], list[Tensor]]]:
     """What there is to run, by name; each takes the device."""
-    found: dict[str, Callable[[str], list[Tensor]]] = {"pools": pools}
+    found: dict[str, Callable[[str], list[Tensor]]] = {"pools": pools, "drafts": drafts}
     for name, (shape, bounds) in CHUNKED.items():
         found[name] = partial(chunked, gdn_ops.chunk_gated_delta_rule, shape, bounds)
         found[f"linear {name}"] = partial(chunked, gdn_ops.chunk_gated_linear_attention, shape, bounds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -84,7 +86,7 @@ def check_update(x, pool, indices, tolerance):
     base = pool if pool._base is None else pool._base
     arguments = [x[n] for n in ("q", "k", "v", "g", "beta")]
     before, gaps = pool.clone(), base.clone()
-    call_ = call("recurrent:recurrent_update_", *arguments, pool, indices, x["cu_seqlens"], scale_of(x))
+    call_ = call("recurrent:recurrent_update_", *arguments, pool, indices, None, x["cu_seqlens"], scale_of(x))
     o, after = call_.result, call_.args[5]
     bounds = None if x["cu_seqlens"] is None else x["cu_seqlens"].tolist()
     N = x["q"].shape[0] if bounds is None else len(bounds) - 1
@@ -132,20 +134,95 @@ def test_tokens_after_the_last_sequence_are_zeros(device):
     x = make_inputs(1, 9, 1, 2, 16, 16, device=device, cu_seqlens=[0, 2, 7])
     arguments = [x[n] for n in ("q", "k", "v", "g", "beta")]
     pool = make_pool(2, 2, 16, 16, device)
-    o = call("recurrent:recurrent_update_", *arguments, pool, None, x["cu_seqlens"], 1.0).result
+    o = call("recurrent:recurrent_update_", *arguments, pool, None, None, x["cu_seqlens"], 1.0).result
     assert not o[:, 7:].any() and o[:, :7].any(-1).all()
 
 
-@pytest.mark.parametrize("layout", ["key_last", "interleaved", "every_other_slot"])
+def strided(pool, layout):
+    if layout == "key_last":
+        return pool.mT.contiguous().mT
+    if layout == "interleaved":
+        return torch.stack([pool, pool + 1], -1)[..., 0]
+    return torch.stack([pool, pool + 1], 1).flatten(0, 1)[::2]
+
+
+POOL_LAYOUTS = ["key_last", "interleaved", "every_other_slot"]
+
+
+@pytest.mark.parametrize("layout", POOL_LAYOUTS)
 def test_strided_pool(device, layout):
     indices = torch.tensor([2, 0], dtype=torch.int32, device=device)
     x = make_inputs(2, 1, 1, 2, 24, 16, torch.bfloat16, device)
-    pool = make_pool(4, 2, 24, 16, device)
-    if layout == "key_last":
-        pool = pool.mT.contiguous().mT
-    elif layout == "interleaved":
-        pool = torch.stack([pool, pool + 1], -1)[..., 0]
-    else:
-        pool = torch.stack([pool, pool + 1], 1).flatten(0, 1)[::2]
+    pool = strided(make_pool(4, 2, 24, 16, device), layout)
     assert not pool.is_contiguous()
     check_update(x, pool, indices, TOLERANCE[torch.bfloat16].values)
+
+
+def check_token_states(x, pool, indices, token_indices, values, states):
+    """Outputs and the slot of each token against the specification on the tokens up to it; no other slot changes.
+
+    ``values`` bounds the outputs, ``states`` what is left in the pool.
+    """
+    bounds = [[n, 0, x["q"].shape[1]] for n in range(x["q"].shape[0])]
+    if x["cu_seqlens"] is not None:
+        ends = x["cu_seqlens"].tolist()
+        bounds = [[0, *pair] for pair in pairwise(ends)]
+    base = pool if pool._base is None else pool._base
+    arguments = [x[n] for n in ("q", "k", "v", "g", "beta")]
+    before, gaps = pool.clone(), base.clone()
+    slots = (indices, token_indices)
+    call_ = call("recurrent:recurrent_update_", *arguments, pool, *slots, x["cu_seqlens"], scale_of(x))
+    o, after = call_.result, call_.args[5]
+    written = set()
+    for (b, begin, end), slot in zip(bounds, range(len(bounds)) if indices is None else indices.tolist()):
+        if not 0 <= slot < len(pool):
+            assert not o[b, begin:end].any()
+            continue
+        for t in range(begin, end):
+            prefix = {n: y[b : b + 1, begin : t + 1] for n, y in x.items() if n not in ("cu_seqlens", "initial_state")}
+            prefix.update(cu_seqlens=None, initial_state=before[slot : slot + 1])
+            want, kept = expected(prefix, scale_of(x)), int(token_indices[b, t])
+            assert_close(o[b, t], want["o"][0, -1], values, f"o of token {t}")
+            if 0 <= kept < len(pool):
+                assert_close(after[kept], want["final_state"][0], states, f"slot {kept}")
+                written.add(kept)
+    others = [p for p in range(len(pool)) if p not in written]
+    assert written and torch.equal(after[others], before[others])
+    if pool._base is not None and pool.is_cuda:
+        pool.copy_(before)
+        assert torch.equal(base, gaps)
+    return o
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_states_of_tokens(device, dtype, index_dtype):
+    """Slots that are read and written, that two sequences read, padding of both kinds, and what is no slot."""
+    indices = torch.tensor([4, -1, 0, 4, 9], dtype=index_dtype, device=device)
+    token_indices = [[7, -1, 8], [1, 2, 3], [5, 0, 6], [-7, 9, 2**31 - 1], [1, 2, 3]]
+    token_indices = torch.tensor(token_indices, dtype=index_dtype, device=device)
+    x = make_inputs(5, 3, 1, 2, 24, 40, dtype, device)
+    bound = TOLERANCE[dtype].values
+    check_token_states(x, make_pool(9, 2, 24, 40, device), indices, token_indices, bound, bound)
+
+
+@pytest.mark.parametrize("indices", [None, [4, 0, -1, 3]])
+def test_states_of_packed_tokens(device, indices):
+    """An empty sequence, padding, tokens after the last sequence; the indices as a column of a table."""
+    indices = None if indices is None else torch.tensor(indices, dtype=torch.int32, device=device)
+    x = make_inputs(1, 9, 1, 2, 16, 16, device=device, cu_seqlens=[0, 3, 3, 5, 7])
+    token_indices = torch.arange(5, 14, device=device).repeat_interleave(2).view(1, 9, 2)[..., 0]
+    o = check_token_states(x, make_pool(14, 2, 16, 16, device), indices, token_indices, 1e-5, 1e-5)
+    assert not o[:, 7:].any()
+
+
+@pytest.mark.parametrize("layout", POOL_LAYOUTS)
+@pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_of_tokens_in_a_strided_pool(device, layout, pool_dtype):
+    """Wide tiles with padding. What goes on is fp32 where the pool is not."""
+    pool = strided(make_pool(5, 2, 20, 72, device, pool_dtype), layout)
+    assert not pool.is_contiguous()
+    token_indices = torch.tensor([[3, 1, 0, 2]], dtype=torch.int32, device=device)
+    bound = 1e-5 if pool_dtype == torch.float32 else torch.finfo(pool_dtype).eps / 2
+    x, indices = make_inputs(1, 4, 1, 2, 20, 72, device=device), torch.tensor([1], device=device)
+    check_token_states(x, pool, indices, token_indices, 1e-5, bound)

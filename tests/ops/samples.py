@@ -43,9 +43,14 @@ def samples(layout, state, device="cpu", dtype=torch.float32, requires_grad=Fals
     h0, cu_seqlens = (x["initial_state"] if state else None), x["cu_seqlens"]
     conv = [c["x"], c["weight"], c["bias"] if state else None, c["initial_state"] if state else None]
     N = x["initial_state"].shape[0]
-    pool = torch.randn(N + 2, *x["initial_state"].shape[1:], device=device, dtype=x["initial_state"].dtype)
+    B, T = x["q"].shape[:2]
+    pool = torch.randn(N + 2 + B * T, *x["initial_state"].shape[1:], device=device, dtype=x["initial_state"].dtype)
     conv_pool = torch.randn(N + 2, 6, 3, device=device, dtype=dtype)
     indices = torch.arange(N, device=device, dtype=torch.int32).flip(0) - 1 if state else None
+    token_indices = None
+    if state and layout in ("grouped", "packed"):
+        token_indices = torch.arange(N, N + B * T, device=device, dtype=torch.int32).view(B, T)
+        token_indices[:, 1::3] = -1
     if requires_grad:
         tensors, conv = _require_grad(*tensors), _require_grad(*conv)
         h0 = None if h0 is None else h0.requires_grad_()
@@ -56,7 +61,7 @@ def samples(layout, state, device="cpu", dtype=torch.float32, requires_grad=Fals
         (GDN.chunk_gated_delta_rule, (*tensors, h0, cu_seqlens, 0.25, state)),
         (GDN.recurrent_gated_delta_rule, (*tensors, h0, cu_seqlens, 0.25, state)),
         (GDN.chunk_gated_delta_rule_backward, (do, ds if state else None, *plain, plain_h0, cu_seqlens, 0.25)),
-        (GDN.recurrent_gated_delta_rule_, (*plain, pool, indices, cu_seqlens, 0.25)),
+        (GDN.recurrent_gated_delta_rule_, (*plain, pool, indices, token_indices, cu_seqlens, 0.25)),
         (GDN.chunk_gated_linear_attention, (*tensors[:4], h0, cu_seqlens, 0.25, state)),
         (GDN.recurrent_gated_linear_attention, (*tensors[:4], h0, cu_seqlens, 0.25, state)),
         (

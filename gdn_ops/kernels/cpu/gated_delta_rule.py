@@ -25,6 +25,7 @@ states of a whole group in one product ``[2C, K] x [K, G V]``.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ from gdn_ops.kernels.cpu.chunks import (
     head_blocks,
     matrices,
     row_dot,
+    sequences,
     spans,
     state_in,
     state_out,
@@ -279,24 +281,46 @@ def chunk_backward(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens
     return backward(_backward_dense, do, dfinal_state, (q, k, v, g, beta), initial_state, cu_seqlens, scale)
 
 
-def pool_slots(state: Tensor, state_indices: Tensor | None, N: int) -> Tensor:
-    """The slot of each sequence, -1 for padding; raises IndexError outside ``[-1, P)``."""
+def pool_slots(state: Tensor, indices: Tensor | None, N: int, name: str = "state_indices") -> Tensor:
+    """The slots that ``indices`` name, ``0..N-1`` without them, -1 for padding; IndexError outside ``[-1, P)``."""
     P = state.shape[0]
-    slots = torch.arange(N) if state_indices is None else state_indices.long()
+    slots = torch.arange(N, device=state.device) if indices is None else indices.long()
     if slots.numel() and (int(slots.min()) < -1 or int(slots.max()) >= P):
-        raise IndexError(f"state_indices must lie in [-1, {P}), got values from {slots.min()} to {slots.max()}")
+        raise IndexError(f"{name} must lie in [-1, {P}), got values from {slots.min()} to {slots.max()}")
     return slots
 
 
-def recurrent_update_(q, k, v, g, beta, state, state_indices, cu_seqlens, scale) -> Tensor:
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    slots = pool_slots(state, state_indices, N)
-    real = slots >= 0
-    initial_state = state[slots.clamp(min=0)].to(compute_dtype(q))
-    o, final = recurrent_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, True)
-    state[slots[real]] = final[real].to(state.dtype)
+def _recurrent_kept(pool, q, k, v, g, beta, slots, S, scale):
+    """Token by token, like :func:`_recurrent_dense`; the state after each is left in its slot of ``pool``."""
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    for t in range(v.shape[1]):
+        now = slice(t, t + 1)
+        o[:, now], S = _recurrent_dense(*(x[:, now] for x in (q, k, v, g, beta)), S, scale)
+        kept = slots[:, t] >= 0
+        pool[slots[kept, t]] = S[kept].to(pool.dtype)
+    return o, S
+
+
+def _padding(q: Tensor, slots: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Tokens ``[B, T]`` of sequences on no slot, and of no sequence."""
     if cu_seqlens is None:
-        o[~real] = 0
-    else:
-        o[:, ~real.repeat_interleave(cu_seqlens.diff().long())] = 0
+        return (slots < 0)[:, None].expand(q.shape[:2])
+    padding = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+    for n, here in sequences(cu_seqlens):
+        padding[:, here] = slots[n] < 0
+    return padding
+
+
+def recurrent_update_(q, k, v, g, beta, state, state_indices, token_state_indices, cu_seqlens, scale) -> Tensor:
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    slots, tokens, run = pool_slots(state, state_indices, N), (q, k, v, g, beta), _recurrent_dense
+    padding, real = _padding(q, slots, cu_seqlens), slots >= 0
+    if token_state_indices is not None:
+        token_slots = pool_slots(state, token_state_indices, N, "token_state_indices")
+        tokens, run = (*tokens, token_slots.masked_fill(padding, -1)), partial(_recurrent_kept, state)
+    initial_state = state[slots.clamp(min=0)].to(compute_dtype(q))
+    o, final = forward(run, tokens, initial_state, cu_seqlens, scale, True)
+    if token_state_indices is None:
+        state[slots[real]] = final[real].to(state.dtype)
+    o[padding] = 0
     return o

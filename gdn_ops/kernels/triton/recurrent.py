@@ -2,7 +2,9 @@
 
 One program owns one (sequence, value head, tile of ``BV`` value columns). The columns of the state never meet in the
 recurrence, so the program keeps its ``[K, BV]`` tile in fp32 registers from the first token to the last: the state is
-read once and written once, which for a single token is all the traffic there is (decode is bound by memory).
+read once and written once, which for a single token is all the traffic there is (decode is bound by memory). A pool
+takes the state after each token as well, where slots are named for them: the tile goes on in fp32, whatever the pool's
+dtype.
 
 Both reductions of a token, ``S^T k`` and ``S^T q``, read the state *before* the token, so they run side by side::
 
@@ -78,10 +80,17 @@ def _run_tokens(
     offsets_o,
     mask_k,
     mask_v,
+    slots=None,
+    states=None,
+    P=None,
+    stride_states_p=None,
+    offsets_s=None,
+    mask_kv=None,
 ):
     """Run tokens ``begin .. end`` through the state; pointers stand at token 0 of this sequence's row and head.
 
-    ``beta`` None: all of v is written.
+    ``beta`` None: all of v is written. With ``slots``, the slot of each token in a pool of ``P`` states, the state
+    after the token is left there; ``states`` stands at this head of slot 0.
     """
     q += begin * stride_q_t
     k += begin * stride_k_t
@@ -110,6 +119,8 @@ def _run_tokens(
         if beta is not None:
             beta += stride_beta_t
             beta_next = tl.load(beta, mask=more, other=0.0)
+        if slots is not None:
+            slot = tl.load(slots + t).to(tl.int64)
 
         query_k = q_k.to(tl.float32)
         key_k = k_k.to(tl.float32)
@@ -124,6 +135,9 @@ def _run_tokens(
         o_v = tl.cast(scale, tl.float32) * (decay * read_v + overlap * written_v)  # Inductor passes fp64
         S_kv = decay * S_kv + key_k[:, None] * written_v[None, :]
         tl.store(o + offsets_o, o_v.to(o.dtype.element_ty), mask=mask_v)
+        if slots is not None:
+            if (slot >= 0) & (slot < P):
+                tl.store(states + slot * stride_states_p + offsets_s, S_kv.to(states.dtype.element_ty), mask=mask_kv)
 
         o += stride_o_t
         q_k = q_next
@@ -244,6 +258,7 @@ def recurrent_update_kernel(
     o,
     state,
     state_indices,
+    token_state_indices,
     cu_seqlens,
     scale,
     T,
@@ -278,7 +293,10 @@ def recurrent_update_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """The same on slot ``state_indices[n]`` of a pool of ``P`` states; a slot outside the pool gives zero outputs."""
+    """The same on slot ``state_indices[n]`` of a pool of ``P`` states; a slot outside the pool gives zero outputs.
+
+    With ``token_state_indices [B, T]`` the slots of the tokens are written instead.
+    """
     NV: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
     head = program // NV % HV
@@ -297,7 +315,10 @@ def recurrent_update_kernel(
     else:
         slot = tl.load(state_indices + n).to(tl.int64)
     o += (b * T * HV + hv) * V
+    if token_state_indices is not None:
+        token_state_indices += b * T
     if (slot >= 0) & (slot < P):
+        states = state + hv * stride_state_h
         state += slot * stride_state_p + hv * stride_state_h
         offsets_s = offsets_k.to(tl.int64)[:, None] * stride_state_k + offsets_v.to(tl.int64)[None, :] * stride_state_v
         S_kv = tl.load(state + offsets_s, mask=mask_kv, other=0.0).to(tl.float32)
@@ -324,8 +345,15 @@ def recurrent_update_kernel(
             offsets_v,
             mask_k,
             mask_v,
+            token_state_indices,
+            states,
+            P,
+            stride_state_p,
+            offsets_s,
+            mask_kv,
         )
-        tl.store(state + offsets_s, S_kv.to(state.dtype.element_ty), mask=mask_kv)
+        if token_state_indices is None:
+            tl.store(state + offsets_s, S_kv.to(state.dtype.element_ty), mask=mask_kv)
     else:
         _write_zeros(o, HV * V, begin, end, offsets_v, mask_v)
     if cu_seqlens is not None:
@@ -420,6 +448,7 @@ def recurrent_update_(
     beta: Tensor,
     state: Tensor,
     state_indices: Tensor | None,
+    token_state_indices: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -427,6 +456,7 @@ def recurrent_update_(
 
     Sequence ``n`` uses slot ``state_indices[n]`` (slot ``n`` without them). An index that is no slot, such as the
     padding index -1, touches no state and its tokens get zeros. Two sequences on one slot: the result is undefined.
+    With ``token_state_indices [B, T]`` that slot is only read, and each token's receives the state after the token.
     """
     B, T, H, K = q.shape
     HV, V = v.shape[2:]
@@ -444,6 +474,7 @@ def recurrent_update_(
         o=o,
         state=state,
         state_indices=None if state_indices is None else state_indices.contiguous(),
+        token_state_indices=None if token_state_indices is None else token_state_indices.contiguous(),
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
         scale=scale,
         T=T,
@@ -484,22 +515,24 @@ def recurrent_update_(
 
 def ahead_of_time_cases() -> list[CompileCase]:
     cases = []
-    for name, dtype, state_dtype, H, HV, K, V, packed in (
-        ("decode bf16", torch.bfloat16, torch.float32, 16, 32, 128, 128, False),
-        ("wide fp32 packed", torch.float32, torch.bfloat16, 2, 2, 256, 512, True),
-        ("odd fp16 packed", torch.float16, torch.float32, 1, 3, 100, 72, True),
+    for name, dtype, state_dtype, H, HV, K, V, T, packed in (
+        ("decode bf16", torch.bfloat16, torch.float32, 16, 32, 128, 128, 1, False),
+        ("drafts bf16", torch.bfloat16, torch.float32, 16, 32, 128, 128, 4, False),
+        ("wide fp32 packed", torch.float32, torch.bfloat16, 2, 2, 256, 512, 9, True),
+        ("odd fp16 packed", torch.float16, torch.float32, 1, 3, 100, 72, 9, True),
     ):
 
         def empty(*shape, dtype=dtype):
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        N, B, T = 3, 1 if packed else 3, 9 if packed else 1
+        N, B = 3, 1 if packed else 3
         q, v = empty(B, T, H, K), empty(B, T, HV, V)
         gates = empty(B, T, HV, dtype=torch.float32)
         state = empty(N, HV, K, V, dtype=torch.float32)
         pool = empty(N, HV, K, V, dtype=state_dtype)
         cu_seqlens, indices = empty(N + 1, dtype=torch.int32) if packed else None, empty(N, dtype=torch.int32)
-        inputs = (q, q, v, gates, gates)
+        token_indices = empty(B, T, dtype=torch.int32) if name.startswith("drafts") else None
+        inputs, slots = (q, q, v, gates, gates), (indices, token_indices)
         cases += cases_of_call(f"recurrent {name}", recurrent_forward, *inputs, state, cu_seqlens, 0.1, True)
-        cases += cases_of_call(f"recurrent {name}", recurrent_update_, *inputs, pool, indices, cu_seqlens, 0.1)
+        cases += cases_of_call(f"recurrent {name}", recurrent_update_, *inputs, pool, *slots, cu_seqlens, 0.1)
     return cases
