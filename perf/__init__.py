@@ -2,7 +2,7 @@
 
 Run from the repository's root; nothing of this is installed::
 
-    python -m perf gpu --out DIR          every suite on the CUDA device, ceilings first, within --budget seconds
+    python -m perf gpu --out DIR          forward, backward and decode on the CUDA device, within --budget seconds
     python -m perf op --suite forward     one suite, or one --shape H,HV,N,T,K,V, on CUDA or on the CPU
     python -m perf linear                 gated linear attention (Mamba2's rule) next to FLA's simple GLA
     python -m perf train                  whole training steps of models next to FLA's and Hugging Face's

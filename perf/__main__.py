@@ -18,7 +18,7 @@ from perf.cpu_providers import CPU_PROVIDERS
 from perf.linear_providers import LINEAR_PROVIDERS
 from perf.linear_providers import TASKS as LINEAR_TASKS
 from perf.linear_providers import cost as linear_cost
-from perf.linear_providers import peak_memory as linear_peak
+from perf.linear_providers import forward_and_backward as linear_both
 from perf.providers import OURS, PROVIDERS, Unavailable
 from perf.records import ROOT
 from perf.shapes import DIRECTIONS, DTYPES, SUITES, Shape, parse_shape
@@ -58,6 +58,8 @@ def _need_cuda(parser: argparse.ArgumentParser, device: str) -> None:
 
 def op(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     _need_cuda(parser, a.device)
+    if a.device == "cpu" and "long" in (a.suite or []):
+        parser.error("suite: expected forward, backward or decode on the CPU, got long; name lengths with --shape")
     tasks = [task for suite in a.suite or [] for task in SUITES[suite]]
     tasks += [(shape, direction) for shape in a.shape or [] for direction in a.direction or ["forward", "backward"]]
     if not tasks:
@@ -69,7 +71,7 @@ def op(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 def gpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     _need_cuda(parser, "cuda")
     # The suites in turns, so that a short budget still says something about each.
-    rounds = zip_longest(*SUITES.values())
+    rounds = zip_longest(*(SUITES[suite] for suite in ("forward", "backward", "decode")))
     tasks = [task for row in rounds for task in row if task is not None]
     runs.run(tasks, a.dtype, "cuda", _chosen(a.provider, PROVIDERS), _csv(a.out, "gpu.csv"), a.budget)
 
@@ -79,7 +81,7 @@ def linear(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     tasks = [(shape, d) for shape in a.shape for d in ("forward", "backward")] if a.shape else LINEAR_TASKS
     dtype = a.dtype or ("bf16" if a.device == "cuda" else "fp32")
     who, out = _chosen(a.provider, LINEAR_PROVIDERS), _csv(a.out, "linear.csv")
-    costs = runs.Costs(linear_cost, linear_peak)
+    costs = runs.Costs(linear_cost, linear_both)
     runs.run(tasks, dtype, a.device, who, out, a.budget, warm=False, costs=costs)
 
 
@@ -167,14 +169,14 @@ def arguments() -> argparse.ArgumentParser:
         sub.add_argument("--out", type=Path, help="directory or .csv file (default perf/results)")
 
     sub = command(op, "Times operators at suites of shapes or at single ones.")
-    sub.add_argument("--suite", action="append", choices=list(SUITES))
+    sub.add_argument("--suite", action="append", choices=list(SUITES), help="long: up to a million tokens, on CUDA")
     sub.add_argument("--shape", action="append", type=_shape, metavar="H,HV,N,T,K,V")
     sub.add_argument("--direction", action="append", choices=DIRECTIONS, help="of --shape; default forward, backward")
     sub.add_argument("--dtype", choices=list(DTYPES), help="default bf16 on CUDA, fp32 on the CPU")
     sub.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     measured(sub, PROVIDERS, 120.0)
 
-    sub = command(gpu, "All suites on the CUDA device in one go.")
+    sub = command(gpu, "Forward, backward and decode on the CUDA device in one go (long is op's alone).")
     sub.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     measured(sub, PROVIDERS, 150.0)
 

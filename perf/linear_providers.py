@@ -13,7 +13,7 @@ import torch
 
 import gdn_ops
 from perf.clocks import Call
-from perf.providers import OURS, Provider, Unavailable, by_autograd, no_grad, peak_of
+from perf.providers import OURS, Provider, Unavailable, by_autograd, no_grad
 from perf.shapes import CHUNK, Cost, Inputs, Shape
 
 # Mamba2 at 130M, 1.3B and 2.7B: one group of keys, heads of 64 values; and the paper's H2.
@@ -97,9 +97,9 @@ def _mamba_ssm(x: Inputs, direction: str) -> Call:
     return by_autograd(rule, x, direction, tensors)
 
 
-def peak_memory(x: Inputs) -> float | None:
-    """As :func:`perf.providers.peak_memory`."""
-    return peak_of(gdn_ops.chunk_gated_linear_attention, (x.q, x.k, x.v, x.g), x)
+def forward_and_backward(x: Inputs) -> Call:
+    """As :func:`perf.providers.forward_and_backward`."""
+    return by_autograd(gdn_ops.chunk_gated_linear_attention, x, "forward+backward", (x.q, x.k, x.v, x.g))
 
 
 LINEAR_PROVIDERS = {

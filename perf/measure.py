@@ -150,8 +150,9 @@ def floor_of(cost: Cost, ceilings: Ceilings) -> Floor:
 
 
 def input_sets(device: str, bytes_each: int) -> int:
-    """How many sets of inputs make a cycle of twice the cache, 2 at least (64 at most: tiny inputs never will)."""
+    """How many sets of inputs make a cycle of twice the cache, 2 at least (64 at most: tiny inputs never will); one
+    where it alone is 32 times the cache, since two of a million tokens would not fit."""
     if device != "cuda":
         return 2
     cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * 2**20
-    return max(2, min(64, math.ceil(2 * cache / max(bytes_each, 1))))
+    return 1 if bytes_each >= 32 * cache else max(2, min(64, math.ceil(2 * cache / max(bytes_each, 1))))

@@ -104,7 +104,8 @@ def environment(device: str, ceilings: Ceilings) -> Environment:
 class Row:
     """One measurement. Times in milliseconds a call; ``ratio`` is p50 over the floor (1 is perfect);
     ``of_copy`` and ``of_matmul`` are the fractions of the measured ceilings that p50 amounts to; ``error`` is the
-    relative RMS difference of the result from gdn_ops' own; ``peak_mib`` is memory beyond the inputs."""
+    relative RMS difference of the result from gdn_ops' own; ``peak_mib`` is memory beyond the inputs: of the call in
+    ``forward``, else of forward and backward."""
 
     direction: str
     H: int

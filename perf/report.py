@@ -69,9 +69,11 @@ def summary(rows: Sequence[Row], env: Environment, ours: str, compare: bool = Tr
         "error: difference from gdn_ops",
         layout([COLUMNS, *(_cells(r, own.get((r.shape, r.direction))) for r in rows)]),
     ]
-    peaks = [f"{r.shape}: {r.provider} {r.peak_mib:.0f} MiB" for r in rows if r.peak_mib is not None]
-    if peaks:
-        parts.append("peak memory of forward and backward beyond the inputs: " + "; ".join(peaks))
+    for what, alone in (("forward alone", True), ("forward and backward", False)):
+        chosen = [r for r in rows if r.peak_mib is not None and (r.direction == "forward") == alone]
+        peaks = [f"{r.shape}: {r.provider} {r.peak_mib:.0f} MiB" for r in chosen]
+        if peaks:
+            parts.append(f"peak memory of {what} beyond the inputs: " + "; ".join(peaks))
     notes = [f"{r.shape} {r.direction} {r.provider}: {r.note}" for r in rows if r.note]
     elsewhere = [line for r in rows if compare and r.provider == ours for line in against_published(r)]
     if notes:

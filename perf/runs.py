@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from perf import providers
+from perf.clocks import Call
 from perf.measure import Candidate, Ceilings, clocks_of, describe, floor_of, input_sets, interleave, measure_ceilings
 from perf.providers import Provider, bind_all
 from perf.records import ROOT, Recorder, Row, environment, make_row
@@ -23,13 +24,14 @@ Task = tuple[Shape, str]
 
 
 class Costs(NamedTuple):
-    """What a rule takes at the least (``perf.shapes.cost``), and MiB that ours takes beyond its inputs."""
+    """What a rule takes at the least (``perf.shapes.cost``); forward and backward by our public function, whose memory
+    is measured."""
 
     least: Callable[[Shape, str, torch.dtype], Cost]
-    peak: Callable[[Inputs], float | None]
+    both: Callable[[Inputs], Call]
 
 
-DELTA = Costs(cost, lambda x: providers.peak_memory(x))
+DELTA = Costs(cost, providers.forward_and_backward)
 
 
 def parse_task(text: str) -> Task:
@@ -117,11 +119,10 @@ def measure_task(
     # The wall clock's preparation is a warm-up already, and a call on the CPU may take seconds.
     warm = 2 if device == "cuda" else 0
     measured = interleave(candidates, clocks_of(device), seconds, repeats, warm=warm) + failed
-    peak = _peak(sets[0], costs) if direction in ("backward", "forward+backward") else None
+    peaks = _peaks(candidates, sets[0], direction, costs) if device == "cuda" else {}
     rows = [
         make_row(
-            shape, direction, dtype, m, least, floor, ceilings, errors.get(m.provider),
-            peak if m.provider == providers.OURS else None,
+            shape, direction, dtype, m, least, floor, ceilings, errors.get(m.provider), peaks.get(m.provider),
         )
         for m in measured
     ]  # fmt: skip
@@ -130,12 +131,20 @@ def measure_task(
     return rows
 
 
-def _peak(x: Inputs, costs: Costs) -> float | None:
-    try:
-        return costs.peak(x)
-    except Exception as error:  # the times are there already and must not be lost
-        print(f"peak memory: {describe(error)}", file=sys.stderr)
-        return None
+def _peaks(candidates: Sequence[Candidate], x: Inputs, direction: str, costs: Costs) -> dict[str, float]:
+    """MiB beyond the inputs: of everyone's call in ``forward``; of ours, forward and backward, where there is one."""
+    wanted: dict[str, Callable[[], Call]] = {}
+    if direction == "forward":
+        wanted = {c.provider: lambda c=c: c.calls[0] for c in candidates}
+    elif direction in ("backward", "forward+backward"):
+        wanted = {providers.OURS: lambda: costs.both(x)}
+    peaks = {}
+    for provider, bind in wanted.items():
+        try:
+            peaks[provider] = providers.peak_of(bind())
+        except Exception as error:  # the times are there already and must not be lost
+            print(f"peak memory: {provider}: {describe(error)}", file=sys.stderr)
+    return peaks
 
 
 def _differences(candidates: Sequence[Candidate]) -> dict[str, float]:

@@ -8,7 +8,9 @@ import torch
 
 CHUNK = 64
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-DIRECTIONS = ("forward", "backward", "forward+backward", "decode")
+# The directions that decode, and in what the state is stored; the arithmetic is fp32 in both.
+STATE_DTYPES = {"decode": torch.float32, "decode, bf16 state": torch.bfloat16}
+DIRECTIONS = ("forward", "backward", "forward+backward", *STATE_DTYPES)
 
 
 class Shape(NamedTuple):
@@ -48,10 +50,13 @@ BACKWARD = [
     Shape(4, 8, 1, 32768), Shape(2, 4, 1, 8192), Shape(2, 4, 1, 32768),
 ]  # fmt: skip
 DECODE = [Shape(16, 32, 64, 1), Shape(16, 32, 1, 1), Shape(16, 32, 256, 1)]
+LONG = [Shape(16, 32, 1, 1024 * 4**i) for i in range(6)]  # to 1,048,576 tokens, where q, k, v and o are 26 GB
 SUITES = {
     "forward": [(shape, "forward") for shape in FORWARD],
     "backward": [(shape, "backward") for shape in BACKWARD] + [(BACKWARD[0], "forward+backward")],
-    "decode": [(shape, "decode") for shape in DECODE],
+    "decode": [(shape, "decode") for shape in DECODE]
+    + [(shape, "decode, bf16 state") for shape in DECODE if shape.N > 1],  # one sequence shows the launch alone
+    "long": [(shape, "forward") for shape in LONG],
 }
 
 
@@ -63,16 +68,17 @@ class Cost(NamedTuple):
 def cost(shape: Shape, direction: str, dtype: torch.dtype) -> Cost:
     """The least traffic, every input read once and every output written once, and the products of the chunk form.
 
-    Gates and states are fp32; they count for decode alone, where the state is the traffic. ``backward`` computes again
-    whatever the forward would have had to store. A multiplication and an addition count two.
+    Gates do not count; the state, in the dtype it is stored in, counts for decode alone, where it is the traffic.
+    ``backward`` computes again whatever the forward would have had to store. A multiplication and an addition are two.
     """
     H, HV, N, T, K, V = shape
     tokens, size, C = N * T, dtype.itemsize, CHUNK
     inputs, outputs = tokens * (2 * H * K + HV * V) * size, tokens * HV * V * size
     forward = 2 * tokens * HV * (3 * C * K + 2 * C * V + C * C // 3 + 3 * K * V)
     backward = 2 * tokens * HV * (5 * C * K + 5 * C * V + C * C // 3 + 8 * K * V)
-    if direction == "decode":
-        return Cost(inputs + outputs + 2 * N * HV * K * V * 4, 6 * tokens * HV * K * V)
+    if direction in STATE_DTYPES:
+        state = N * HV * K * V * STATE_DTYPES[direction].itemsize
+        return Cost(inputs + outputs + 2 * state, 6 * tokens * HV * K * V)
     if direction == "forward":
         return Cost(inputs + outputs, forward)
     if direction == "backward":
@@ -83,7 +89,8 @@ def cost(shape: Shape, direction: str, dtype: torch.dtype) -> Cost:
 
 
 class Inputs(NamedTuple):
-    """One set of inputs; ``state`` is fp32 ``[N, HV, K, V]``, ``do`` the gradient of the output."""
+    """One set of inputs; ``state`` is fp32 ``[N, HV, K, V]``, whatever a direction stores it in; ``do`` the gradient of
+    the output."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -95,23 +102,30 @@ class Inputs(NamedTuple):
     scale: float
 
 
+# Normal numbers made at once, a gibibyte in fp32: the values of a million tokens would be 17 GB of it.
+PART = 2**28
+
+
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     """Unit queries and keys; gates as a layer of the paper starts with: ``-A * dt``, A in (0, 16), dt in [.001, .1]."""
     H, HV, N, T, K, V = shape
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, device=device)
+        return torch.randn(size, generator=generator, device=device)
 
     def uniform(*size: int) -> torch.Tensor:
-        return torch.rand(*size, generator=generator, device=device)
+        return torch.rand(size, generator=generator, device=device)
 
-    def unit(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(x, dim=-1).to(dtype)
+    def tokens(heads: int, width: int, unit: bool = False) -> torch.Tensor:
+        x = torch.empty(N, T, heads, width, dtype=dtype, device=device)
+        for part in x.flatten(0, 1).split(max(1, PART // (heads * width))):
+            numbers = normal(*part.shape)
+            part.copy_(torch.nn.functional.normalize(numbers, dim=-1) if unit else numbers)
+        return x
 
     g = -16 * uniform(HV) * 10 ** (2 * uniform(N, T, HV) - 3)
     state = normal(N, HV, K, V) if T == 1 else torch.zeros(N, HV, K, V, device=device)
-    return Inputs(
-        unit(normal(N, T, H, K)), unit(normal(N, T, H, K)), normal(N, T, HV, V).to(dtype), g, uniform(N, T, HV),
-        state, normal(N, T, HV, V).to(dtype), K**-0.5,
-    )  # fmt: skip
+    q, k, v = tokens(H, K, unit=True), tokens(H, K, unit=True), tokens(HV, V)
+    beta = uniform(N, T, HV)
+    return Inputs(q, k, v, g, beta, state, tokens(HV, V), K**-0.5)

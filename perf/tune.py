@@ -27,7 +27,7 @@ from perf import runs
 from perf.clocks import Call
 from perf.linear_providers import LINEAR_PROVIDERS
 from perf.linear_providers import cost as linear_cost
-from perf.linear_providers import peak_memory as linear_peak
+from perf.linear_providers import forward_and_backward as linear_both
 from perf.providers import OURS, PROVIDERS, Provider, difference, first_result
 from perf.records import ROOT
 from perf.shapes import DTYPES, Inputs, Shape, make_inputs
@@ -188,7 +188,7 @@ def tune(name: str, shape: Shape | None, direction: str | None, dtype: str, csv:
     found = sound(jobs, min(SECONDS_TO_CHECK, 0.7 * budget))
     who = [kernel.ours, *(variant(name, settings) for settings in found)]
     left = max(5.0, budget - (time.perf_counter() - start))
-    costs = runs.Costs(linear_cost, linear_peak) if kernel.linear else None
+    costs = runs.Costs(linear_cost, linear_both) if kernel.linear else None
     rows = runs.run([(shape, direction)], dtype, "cuda", who, csv, left, warm=False, costs=costs)
     for row in sorted((row for row in rows if row.p50_ms is not None), key=lambda row: row.p50_ms):
         print(f"{row.p50_ms:8.4f} ms  {'present' if row.provider == OURS else row.provider}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from perf.clocks import WallClock
-from perf.measure import Candidate, Ceilings, floor_of, interleave, measure_ceilings, quantiles
-from perf.shapes import Cost
+from perf.measure import Candidate, Ceilings, floor_of, input_sets, interleave, measure_ceilings, quantiles
+from perf.shapes import Cost, Shape, cost
 
 
 class Ticks:
@@ -101,6 +102,15 @@ def test_a_second_clock_steps_in():
 def test_floor_is_the_larger():
     floor = floor_of(Cost(bytes=2_000, flops=30_000), Ceilings(copy=1e6, matmul=1e7))
     assert (floor.bytes_ms, floor.flops_ms) == pytest.approx((2.0, 3.0)) and floor.ms == floor.flops_ms
+
+
+def test_sets_of_inputs_leave_the_cache_and_fit_the_memory(monkeypatch):
+    """Twice a cache of 50 MiB; two at least, but of a giant one."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(L2_cache_size=50 * 2**20))
+    million = cost(Shape(16, 32, 1, 2**20), "forward", torch.bfloat16).bytes
+    for bytes_each, sets in ((10**3, 64), (10 * 2**20, 10), (200 * 2**20, 2), (1400 * 2**20, 2), (million, 1)):
+        assert input_sets("cuda", bytes_each) == sets
+    assert input_sets("cpu", million) == 2
 
 
 def test_ceilings_of_this_machine():

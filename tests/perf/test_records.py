@@ -82,6 +82,16 @@ def test_summary_compares_within_and_beyond_the_run():
     assert "gdn_ops 1 ms is 2.01 x FLA 0.6.0 0.497 ms on NVIDIA H200" in text
 
 
+def test_summary_says_what_the_memory_is_of():
+    forward, backward = (
+        dataclasses.replace(row(), peak_mib=13.2),
+        dataclasses.replace(row(), direction="backward", peak_mib=520.0),
+    )
+    text = summary([forward, backward], ENVIRONMENT, "gdn_ops")
+    assert "peak memory of forward alone beyond the inputs: 16/32 1x8192: gdn_ops 13 MiB\n" in text
+    assert "peak memory of forward and backward beyond the inputs: 16/32 1x8192: gdn_ops 520 MiB" in text
+
+
 def test_committed_results_have_todays_columns_and_no_paths():
     paths = [ROOT / "perf" / "results" / f"{name}.csv" for name in ("cpu", "gpu", "linear", "op")]
     assert paths[0].exists()

@@ -83,6 +83,62 @@ def test_decode_goes_on_from_the_state():
         assert_close(providers.first_result(call), want, 1e-6, "decode")
 
 
+@pytest.fixture
+def fla(monkeypatch):
+    """A stand-in of FLA's step, which keeps the dtypes of the states it gets and gives the state in fp32."""
+    got = []
+
+    def step(q, k, v, g, beta, scale, initial_state, output_final_state):
+        got.append(initial_state.dtype)
+        state = initial_state.float()
+        return gdn_ops.recurrent_gated_delta_rule(q, k, v, g, beta, scale, state, output_final_state)
+
+    module = ModuleType("fla.ops.gated_delta_rule")
+    module.fused_recurrent_gated_delta_rule = step
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
+    return got
+
+
+def test_decode_with_the_state_in_bf16(fla):
+    """Ours is the pool's step, on a bf16 copy of the same state; who has no such step says so."""
+    x, direction = make_inputs(Shape(1, 2, 3, 1, 16, 16), torch.float32, "cpu"), "decode, bf16 state"
+    state = x.state.bfloat16().float()
+    want, _ = gdn_ops.recurrent_gated_delta_rule(x.q, x.k, x.v, x.g, x.beta, x.scale, state)
+    before = x.state.clone()
+    call = PROVIDERS[OURS].bind(x, direction)
+    assert_close(providers.first_result(call), want, 1e-6, "o")
+    assert torch.equal(x.state, before)
+    second = providers.first_result(call)  # from the state that the first one left, rounded to bf16
+    _, state = gdn_ops.recurrent_gated_delta_rule(x.q, x.k, x.v, x.g, x.beta, x.scale, state, True)
+    want, _ = gdn_ops.recurrent_gated_delta_rule(x.q, x.k, x.v, x.g, x.beta, x.scale, state.bfloat16().float())
+    assert_close(second, want, 5e-4, "o of the second call")  # 1.7e-3 had it not been rounded
+    PROVIDERS["FLA"].bind(x, direction)(), PROVIDERS["FLA"].bind(x, "decode")()
+    assert fla == [torch.bfloat16, torch.float32]
+    for name in ("gdn_ops in place", "gdn_ops portable", "FlashInfer"):
+        with pytest.raises(Unavailable):
+            PROVIDERS[name].bind(x, direction)
+
+
+def test_rows_of_decode_with_the_state_in_bf16(fla, tmp_path, capsys):
+    """Both are compared on the same bits, against a floor of two bytes a number, and have a picture of their own."""
+    csv, small = tmp_path / "x.csv", "1,2,3,1,16,16"
+    arguments = ["op", "--device", "cpu", "--shape", small, "--provider", OURS, "--provider", "FLA", "--budget", "2"]
+    main([*arguments, "--direction", "decode", "--direction", "decode, bf16 state", "--out", str(csv)])
+    lines = {(line["direction"], line["provider"]): line for line in read_csv([csv])}
+    assert len(lines) == 4
+    for (direction, provider), line in lines.items():
+        floor = cost(Shape(1, 2, 3, 1, 16, 16), direction, torch.float32).bytes / 1e10 * 1e3
+        assert float(line["floor_bytes_ms"]) == pytest.approx(floor, rel=1e-3)
+        assert provider == OURS or float(line["error"]) < 1e-6
+    printed = capsys.readouterr().out
+    fla_line = next(line for line in printed.splitlines() if "decode, bf16 state  FLA " in line)
+    ours, peer = (float(lines["decode, bf16 state", name]["p50_ms"]) for name in (OURS, "FLA"))
+    assert float(fla_line.split()[-2]) == pytest.approx(peer / ours, abs=0.01)
+    assert [picture.name.split("threads-")[1] for picture in pictures([csv])] == [
+        "decode-fp32.png", "decode-bf16-state-fp32.png",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -265,6 +321,7 @@ def test_bad_arguments(capsys):
         (["op", "--device", "cpu"], "expected at least one of them, got neither"),
         (["op", "--shape", "2,3,1,64,8,8"], "expected HV divisible by H"),
         (["op", "--suite", "sideways"], "invalid choice"),
+        (["op", "--suite", "long", "--device", "cpu"], "expected forward, backward or decode on the CPU, got long"),
     ):
         with pytest.raises(SystemExit):
             main(arguments)
@@ -297,12 +354,14 @@ def test_flashinfer_gets_packed_sequences_and_the_gate_itself(monkeypatch):
 def test_graph_replay_on_cuda(tmp_path):
     """Forward, backward and decode are captured, over inputs that rotate, and the picture of it is drawn."""
     small = Shape(2, 4, 1, 256, 64, 64)
-    tasks = [(small, "forward"), (small, "backward"), (small._replace(T=1), "decode")]
+    one = small._replace(T=1)
+    tasks = [(small, "forward"), (small, "backward"), (one, "decode"), (one, "decode, bf16 state")]
     runs.compile_once(tasks, "bf16", [PROVIDERS[OURS]])
     rows = runs.run(tasks, "bf16", "cuda", [PROVIDERS[OURS]], tmp_path / "x.csv", budget=12.0, warm=False)
-    assert [row.method for row in rows] == ["cuda graph"] * 3, [row.note for row in rows]
+    assert [row.method for row in rows] == ["cuda graph"] * 4, [row.note for row in rows]
     assert all(row.note == "" and 0 < row.p50_ms < 5 for row in rows)
-    assert rows[1].peak_mib > 0
+    assert rows[1].peak_mib > rows[0].peak_mib >= 256 * 4 * 64 * 2 / 2**20  # the output, at least
+    assert rows[2].peak_mib is None
 
 
 @needs_the_operators

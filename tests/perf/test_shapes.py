@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from perf import shapes
 from perf.shapes import DIRECTIONS, SUITES, Shape, cost, make_inputs, parse_shape
 
 
@@ -18,11 +19,12 @@ def test_forward_counted_by_hand():
     assert got.bytes == 4 * 64 * 64 * 2  # q, k, v, o
 
 
-def test_decode_counted_by_hand():
-    """The state, fp32, is read and written; per element of it K^T S, the update and Q^T S, two operations each."""
-    got = cost(Shape(2, 4, 3, 1, 8, 16), "decode", torch.float32)
+@pytest.mark.parametrize("direction, bytes_of_a_number", [("decode", 4), ("decode, bf16 state", 2)])
+def test_decode_counted_by_hand(direction, bytes_of_a_number):
+    """The state is read and written; per element of it K^T S, the update and Q^T S, two operations each."""
+    got = cost(Shape(2, 4, 3, 1, 8, 16), direction, torch.float32)
     assert got.flops == 3 * 4 * 6 * 8 * 16
-    assert got.bytes == 3 * (2 * 2 * 8 + 2 * 4 * 16) * 4 + 2 * 3 * 4 * 8 * 16 * 4
+    assert got.bytes == 3 * (2 * 2 * 8 + 2 * 4 * 16) * 4 + 2 * 3 * 4 * 8 * 16 * bytes_of_a_number
 
 
 def test_backward_moves_inputs_gradients_and_do():
@@ -61,6 +63,26 @@ def test_suites_start_with_the_row_to_look_at():
         assert len(set(tasks)) == len(tasks)
         assert all(direction in DIRECTIONS for _, direction in tasks)
         assert tasks[0][0][:2] == (16, 32), name
+
+
+def test_long_is_one_sequence_from_a_thousand_tokens_to_a_million():
+    assert [shape.T for shape, _ in SUITES["long"]] == [1024, 4096, 16384, 65536, 262144, 1048576]
+    assert {(shape._replace(T=1), d) for shape, d in SUITES["long"]} == {(Shape(16, 32, 1, 1), "forward")}
+    others = [task for suite, tasks in SUITES.items() if suite != "long" for task in tasks]
+    assert not set(SUITES["long"]) & set(others)  # or pictures could not tell them apart
+
+
+def test_inputs_in_parts_are_those_made_at_once(monkeypatch):
+    """And what the other suites measure is made at once, whatever the device's generator does with parts."""
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = make_inputs(Shape(2, 4, 2, 9, 16, 32), dtype, "cpu")
+        monkeypatch.setattr(shapes, "PART", 4 * 4 * 32)
+        parts = make_inputs(Shape(2, 4, 2, 9, 16, 32), dtype, "cpu")
+        assert all(torch.equal(x, y) for x, y in zip(whole[:-1], parts[:-1]))
+        assert whole.q.dtype == whole.k.dtype == whole.v.dtype == whole.do.dtype == dtype
+        monkeypatch.undo()
+    measured = [shape for suite in ("forward", "backward", "decode") for shape, _ in SUITES[suite]]
+    assert all(s.N * s.T * max(s.H * s.K, s.HV * s.V) <= shapes.PART for s in measured)
 
 
 def test_inputs_are_a_layers():
