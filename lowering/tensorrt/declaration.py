@@ -171,12 +171,12 @@ def _conv_constants(sizes: Mapping[str, int], dtypes: Mapping[str, str], attribu
     """The tiles of ``gdn_ops.kernels.triton.causal_conv1d``."""
     if sizes["S"] != sizes["W"] - 1:
         raise ValueError(f"initial_state: expected {sizes['W'] - 1} inputs a channel, got {sizes['S']}")
-    BD = max(32, min(128, next_power_of_2(sizes["D"])))
-    return {"D": sizes["D"], "W": sizes["W"], "SILU": bool(attributes["silu"]), "BT": 16, "BD": BD}
+    BD = max(32, min(256, next_power_of_2(sizes["D"])))
+    return {"D": sizes["D"], "W": sizes["W"], "SILU": bool(attributes["silu"]), "BT": 64, "BD": BD}
 
 
 def _conv_launch(sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> dict[str, int]:
-    return {"num_warps": 4, "num_stages": 3}
+    return {"num_warps": 2, "num_stages": 3}
 
 
 RECURRENT = PluginKernel(

@@ -92,7 +92,7 @@ def conv_plugin_kernel(
     causal_conv1d_forward_kernel(
         x, weight, bias, initial_state, y, final_state, None, T, B,
         T.to(tl.int64) * D, D, 1, W, 1, 1, D * (W - 1), W - 1, 1,
-        D, W, SILU, BT, BD,
+        D, W, SILU, BT, BD, 6, 4,
     )  # fmt: skip
 
 

@@ -9,14 +9,12 @@ is fp32. With lag ``j = 0 .. W - 1`` and ``w_j = weight[:, W - 1 - j]``::
 where ``t - j`` and ``t + j`` stay inside the sequence; before its first token stands the initial state, and the final
 state is the window after its last, which hands its gradient to the tokens (or the initial state) that it holds.
 
-**Forward.** A program makes a ``[BT, BD]`` tile of outputs from ``W`` loads of the input, each a token earlier than the
-one before: all but the first hit the L1 cache. The initial state is read only by tiles that touch the first ``W - 1``
-tokens of a sequence. Terms are added from lag 0 up wherever they come from, so a split sequence gives the whole one's
-bits.
+**Forward.** A program walks ``BT`` tokens of ``BD`` channels upwards with the last ``W - 1`` inputs in registers: each
+is loaded once, six tokens ahead of its use. Terms are added from lag 0 up wherever they come from, so a split sequence
+gives the whole one's bits.
 
-**Backward.** A program walks ``BT`` tokens of ``BD`` channels upwards with the last ``W - 1`` inputs and the last
-``W - 1`` unfinished ``dx`` in registers, so that every ``dz`` is computed once, from inputs loaded once, six tokens
-ahead of their use; the walk goes on for ``W - 1`` tokens past the block, for ``dx`` only. Weight gradients are summed
+**Backward.** The same walk, with the last ``W - 1`` unfinished ``dx`` in registers besides, so that every ``dz`` is
+computed once; it goes on for ``W - 1`` tokens past the block, for ``dx`` only. Weight gradients are summed
 in registers; each block writes its own row of a partial-sum buffer and torch adds the rows: no atomics, so the same
 inputs give the same bits.
 
@@ -40,10 +38,11 @@ from torch import Tensor
 from gdn_ops.kernels.triton.compile_case import CompileCase, cases_of_call
 from gdn_ops.kernels.triton.launch import launch
 
-FORWARD_TILE = (16, 128, 2)  # BT, BD, warps: 32 outputs a thread, 16-byte accesses for bf16 and fp32
-BACKWARD_TILE = (64, 256, 2)  # four channels a thread; the partial sums are a tenth of the input
-# Tokens that the backward loads ahead, and steps of its loop in one, in which what was loaded and what is unfinished
-# change their names, not their registers.
+# Tokens and channels of a program, and its warps: four channels a thread; the backward's partial sums are a tenth of
+# the input.
+TILE = (64, 256, 2)
+# Tokens that are loaded ahead, and steps of the loop in one, in which what was loaded and what is unfinished change
+# their names, not their registers.
 AHEAD, UNROLL = 6, 4
 UPDATE_TILE = (256, 4)  # BD, warps
 
@@ -96,6 +95,39 @@ def _input(x, state, t, begin, mask_d, stride_x_t, stride_state_w, W: tl.constex
 
 
 @triton.jit
+def _coming(x, t, stop, mask_d, stride_x_t):
+    """Token ``t`` as it was stored."""
+    return tl.load(x + t * stride_x_t, mask=mask_d & (t < stop), other=0.0)
+
+
+@triton.jit
+def _taps(weight, mask_d, stride_weight_w, W: tl.constexpr):
+    """The weights of lags 0 to 3, zeros from ``W`` on."""
+    w0_d = _column(weight, W - 1, mask_d, stride_weight_w)
+    w1_d = _column(weight, W - 2, mask_d, stride_weight_w)
+    w2_d = tl.zeros_like(w0_d)
+    w3_d = tl.zeros_like(w0_d)
+    if W > 2:
+        w2_d = _column(weight, W - 3, mask_d, stride_weight_w)
+    if W > 3:
+        w3_d = _column(weight, W - 4, mask_d, stride_weight_w)
+    return w0_d, w1_d, w2_d, w3_d
+
+
+@triton.jit
+def _window(x, state, t, begin, mask_d, stride_x_t, stride_state_w, W: tl.constexpr):
+    """The three inputs before token ``t``, as far as ``W`` reaches."""
+    x1_d = _input(x, state, t - 1, begin, mask_d, stride_x_t, stride_state_w, W)
+    x2_d = tl.zeros_like(x1_d)
+    x3_d = tl.zeros_like(x1_d)
+    if W > 2:
+        x2_d = _input(x, state, t - 2, begin, mask_d, stride_x_t, stride_state_w, W)
+    if W > 3:
+        x3_d = _input(x, state, t - 3, begin, mask_d, stride_x_t, stride_state_w, W)
+    return x1_d, x2_d, x3_d
+
+
+@triton.jit
 def causal_conv1d_forward_kernel(
     x,
     weight,
@@ -120,8 +152,11 @@ def causal_conv1d_forward_kernel(
     SILU: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
+    AHEAD: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """``cu_seqlens`` None: one sequence a row; ``final_state`` None: no programs for it."""
+    """``cu_seqlens`` None: one sequence a row; ``final_state`` None: no programs for it. ``x1_d .. x3_d`` are the
+    inputs before token ``t``."""
     ND: tl.constexpr = (D + BD - 1) // BD
     program = tl.program_id(0)
     d = (program % ND * BD + tl.arange(0, BD)).to(tl.int64)
@@ -155,38 +190,54 @@ def causal_conv1d_forward_kernel(
         return
 
     b = (row // NT).to(tl.int64)
-    t = (row % NT).to(tl.int64) * BT + tl.arange(0, BT)
+    first = (row % NT).to(tl.int64) * BT
+    stop = tl.minimum(first + BT, T)
+    x += b * stride_x_b
+    y += b * T * D + d
     if cu_seqlens is None:
-        n = t * 0 + b
-        begin = t * 0
+        n = b
+        begin = first * 0
         end = begin + T
     else:
-        n = _sequence_of(t, N, cu_seqlens)
+        n = _sequence_of(first, N, cu_seqlens)
         begin, end = _bounds(n, T, cu_seqlens)
-    real = (t >= begin) & (t < end)
-    z_td = tl.zeros([BT, BD], dtype=tl.float32)
+    bias_d = tl.zeros([BD], dtype=tl.float32)
     if bias is not None:
-        z_td += tl.load(bias + d * stride_bias, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-    x += b * stride_x_b
-    for j in tl.static_range(W):
-        mask = (real & (t - j >= begin))[:, None] & mask_d[None, :]
-        x_td = tl.load(x[None, :] + (t - j)[:, None] * stride_x_t, mask=mask, other=0.0)
-        z_td += x_td.to(tl.float32) * _column(weight, W - 1 - j, mask_d, stride_weight_w)[None, :]
-    if initial_state is not None:
-        young = real & (t - begin < W - 1)
-        if tl.max(young.to(tl.int32), axis=0) > 0:
-            for j in tl.static_range(1, W):
-                index = t - j - begin + (W - 1)
-                mask = (young & (t - j < begin))[:, None] & mask_d[None, :]
-                pointers = state[None, :] + (n * stride_initial_n + index * stride_initial_w)[:, None]
-                x_td = tl.load(pointers, mask=mask, other=0.0)
-                z_td += x_td.to(tl.float32) * _column(weight, W - 1 - j, mask_d, stride_weight_w)[None, :]
-    if SILU:
-        z_td = _silu(z_td)
-    if cu_seqlens is not None:
-        z_td = tl.where(real[:, None], z_td, 0.0)
-    inside = (t < T)[:, None] & mask_d[None, :]
-    tl.store(y + (b * T + t)[:, None] * D + d[None, :], z_td.to(y.dtype.element_ty), mask=inside)
+        bias_d = tl.load(bias + d * stride_bias, mask=mask_d, other=0.0).to(tl.float32)
+    w0_d, w1_d, w2_d, w3_d = _taps(weight, mask_d, stride_weight_w, W)
+    here = state
+    if state is not None:
+        here = state + n * stride_initial_n
+    known = mask_d & (first >= begin)
+    x1_d, x2_d, x3_d = _window(x, here, first, begin, known, stride_x_t, stride_initial_w, W)
+    coming = ()
+    for i in tl.static_range(AHEAD):
+        coming = coming + (_coming(x, first + i, stop, mask_d, stride_x_t),)
+    for step in tl.range(0, BT, loop_unroll_factor=UNROLL):
+        t = first + step
+        x0_d = coming[0].to(tl.float32)
+        coming = coming[1:] + (_coming(x, t + AHEAD, stop, mask_d, stride_x_t),)
+        if cu_seqlens is not None:
+            while (t >= end) & (n + 1 < N):
+                n += 1
+                begin, end = _bounds(n, T, cu_seqlens)
+            if t == begin:
+                if state is not None:
+                    here = state + n * stride_initial_n
+                x1_d, x2_d, x3_d = _window(x, here, t, begin, mask_d, stride_x_t, stride_initial_w, W)
+        z_d = bias_d + x0_d * w0_d + x1_d * w1_d
+        if W > 2:
+            z_d += x2_d * w2_d
+        if W > 3:
+            z_d += x3_d * w3_d
+        if SILU:
+            z_d = _silu(z_d)
+        if cu_seqlens is not None:
+            z_d = tl.where((t >= begin) & (t < end), z_d, 0.0)
+        tl.store(y + t * D, z_d.to(y.dtype.element_ty), mask=mask_d & (t < stop))
+        x3_d = x2_d
+        x2_d = x1_d
+        x1_d = x0_d
 
 
 @triton.jit
@@ -232,9 +283,7 @@ def _initial_state_gradient(
 
 @triton.jit
 def _pair(x, dy, t, stop, mask_d, stride_x_t, stride_dy_t):
-    """Token ``t`` of both, as it was stored."""
-    mask = mask_d & (t < stop)
-    return tl.load(x + t * stride_x_t, mask=mask, other=0.0), tl.load(dy + t * stride_dy_t, mask=mask, other=0.0)
+    return _coming(x, t, stop, mask_d, stride_x_t), _coming(dy, t, stop, mask_d, stride_dy_t)
 
 
 @triton.jit
@@ -341,29 +390,15 @@ def causal_conv1d_backward_kernel(
         n = _sequence_of(first, N, cu_seqlens)
         begin, end = _bounds(n, T, cu_seqlens)
 
-    w0_d = _column(weight, W - 1, mask_d, stride_weight_w)
-    w1_d = _column(weight, W - 2, mask_d, stride_weight_w)
-    w2_d = bias_d
-    w3_d = bias_d
-    if W > 2:
-        w2_d = _column(weight, W - 3, mask_d, stride_weight_w)
-    if W > 3:
-        w3_d = _column(weight, W - 4, mask_d, stride_weight_w)
-
+    w0_d, w1_d, w2_d, w3_d = _taps(weight, mask_d, stride_weight_w, W)
     zeros_d = tl.zeros([BD], dtype=tl.float32)
-    x1_d, x2_d, x3_d = zeros_d, zeros_d, zeros_d
     dx1_d, dx2_d, dx3_d = zeros_d, zeros_d, zeros_d
     dw0_d, dw1_d, dw2_d, dw3_d, dbias_d = zeros_d, zeros_d, zeros_d, zeros_d, zeros_d
     here = state
     if state is not None:
         here = state + n * stride_initial_n
     known = mask_d & (first >= begin)
-    x1_d = _input(x, here, first - 1, begin, known, stride_x_t, stride_initial_w, W)
-    if W > 2:
-        x2_d = _input(x, here, first - 2, begin, known, stride_x_t, stride_initial_w, W)
-    if W > 3:
-        x3_d = _input(x, here, first - 3, begin, known, stride_x_t, stride_initial_w, W)
-
+    x1_d, x2_d, x3_d = _window(x, here, first, begin, known, stride_x_t, stride_initial_w, W)
     coming = ()
     for i in tl.static_range(AHEAD):
         coming = coming + (_pair(x, dy, first + i, stop, mask_d, stride_x_t, stride_dy_t),)
@@ -378,14 +413,9 @@ def causal_conv1d_backward_kernel(
                 n += 1
                 begin, end = _bounds(n, T, cu_seqlens)
             if t == begin:
-                x1_d, x2_d, x3_d = zeros_d, zeros_d, zeros_d
                 if state is not None:
                     here = state + n * stride_initial_n
-                    x1_d = _input(x, here, t - 1, begin, mask_d, stride_x_t, stride_initial_w, W)
-                    if W > 2:
-                        x2_d = _input(x, here, t - 2, begin, mask_d, stride_x_t, stride_initial_w, W)
-                    if W > 3:
-                        x3_d = _input(x, here, t - 3, begin, mask_d, stride_x_t, stride_initial_w, W)
+                x1_d, x2_d, x3_d = _window(x, here, t, begin, mask_d, stride_x_t, stride_initial_w, W)
             # Tokens after the last sequence may hold anything, NaN too.
             inside = (t >= begin) & (t < end)
             dz_d = tl.where(inside, dz_d, 0.0)
@@ -549,7 +579,7 @@ def forward(
         return y.zero_(), final_state
     if isinstance(T, int) and T == 0:
         return y, _hand_on(initial_state, final_state) if output_final_state else final_state
-    BT, BD, num_warps = FORWARD_TILE[0], _channel_tile(D, FORWARD_TILE[1]), FORWARD_TILE[2]
+    BT, BD, num_warps = TILE[0], _channel_tile(D, TILE[1]), TILE[2]
     rows = B * _blocks(T, BT) + (N if output_final_state else 0)
     launch(causal_conv1d_forward_kernel)[(rows * _blocks(D, BD),)](
         x=x, weight=weight, bias=bias, initial_state=initial_state, y=y,
@@ -559,7 +589,7 @@ def forward(
         **_strides(weight, "stride_weight_d", "stride_weight_w"),
         **_strides(bias, "stride_bias"),
         **_strides(initial_state, "stride_initial_n", "stride_initial_d", "stride_initial_w"),
-        D=D, W=W, SILU=silu, BT=BT, BD=BD, num_warps=num_warps,
+        D=D, W=W, SILU=silu, BT=BT, BD=BD, AHEAD=AHEAD, UNROLL=UNROLL, num_warps=num_warps,
     )  # fmt: skip
     return y, final_state
 
@@ -571,7 +601,7 @@ def backward(
     """Gradients of x, weight, bias (``[0]`` in weight's dtype without one) and initial_state (no rows without one)."""
     (B, T, D), W = x.shape, weight.shape[1]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    BT, BD, num_warps = BACKWARD_TILE[0], _channel_tile(D, BACKWARD_TILE[1]), BACKWARD_TILE[2]
+    BT, BD, num_warps = TILE[0], _channel_tile(D, TILE[1]), TILE[2]
     blocks = B * _blocks(T, BT)
     dx = torch.empty((B, T, D), dtype=x.dtype, device=x.device)
     dinitial_state = torch.empty((0 if initial_state is None else N, D, W - 1), dtype=x.dtype, device=x.device)
