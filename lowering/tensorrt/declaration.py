@@ -172,7 +172,7 @@ def _conv_constants(sizes: Mapping[str, int], dtypes: Mapping[str, str], attribu
     if sizes["S"] != sizes["W"] - 1:
         raise ValueError(f"initial_state: expected {sizes['W'] - 1} inputs a channel, got {sizes['S']}")
     BD = max(32, min(256, next_power_of_2(sizes["D"])))
-    return {"D": sizes["D"], "W": sizes["W"], "SILU": bool(attributes["silu"]), "BT": 64, "BD": BD}
+    return {"D": sizes["D"], "W": sizes["W"], "SILU": bool(attributes["silu"]), "BT": 16, "BD": BD}
 
 
 def _conv_launch(sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,9 +81,8 @@ def tiles_of(element: str) -> dict[str, str]:
         "sums": descriptor([1, 2 * CHUNK], "fp32"),
         **dict.fromkeys(("from_start", "to_end", "erasing", "beta"), descriptor(row, "fp32")),
         **dict.fromkeys(("states", "dstates"), descriptor([1, tiles.BV, tiles.BK], element)),
-        "written": descriptor([1, tiles.BV, CHUNK], element),
         **dict.fromkeys(("scale", "score_scale"), "fp32"),
-        **dict.fromkeys(("T", "SEGMENT", "since", "until", "items", "programs"), "i32"),
+        **dict.fromkeys(("T", "SEGMENT", "since", "until", "items", "programs", *tiles.Chunks._fields), "i32"),
     }
 
 
@@ -134,19 +134,24 @@ def test_the_maps_compile_and_two_fit(tmp_path, element, K, V, state):
 
 
 @pytest.mark.parametrize("element, K, V, state", KINDS)
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("maps", [False, True], ids=["both ways", "maps"])
-def test_both_scans_compile_and_fit(tmp_path, element, K, V, state, parts, maps):
-    constants = {"H": 2, "HV": 4, "K": K, "V": V, "PARTS": parts, "STAGES": 4 - parts, "MAP": maps}
-    constants |= roles_of(both_ways_module)
-    types, constants = with_states(tiles_of(element), constants, ("after",) if maps else ("before", "after"), state)
+@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize("what", ["whole", "part", "maps"])
+def test_both_scans_compile_and_fit(tmp_path, element, K, V, state, programs, what):
+    maps = what == "maps"
+    V = 256 if V == 200 and not maps else V
+    constants = {"H": 2, "HV": 4, "K": K, "V": V, "PARTS": programs, "STAGES": 4 - programs, "MAP": maps}
+    constants |= {"EARLY": what == "part", "IN_KEYS": 2 if K == 128 and not maps else 0} | roles_of(both_ways_module)
+    types = tiles_of(element) | dict.fromkeys(("dq", "dk", "written"), descriptor([1, 1, CHUNK, tiles.BV], element))
+    types, constants = with_states(types, constants, ("after",) if maps else ("before", "after"), state)
     types, constants = with_states(types, constants, ("leave",), state or maps)
+    types, constants = with_states(types, constants, ("reached",), what == "part")
+    nothing = ["written"] if (K, V) == (128, 128) else []
     if maps:
-        nothing = ("v", "transition", "states", "written", "dstates", "X", "before")
-        types, constants = with_states(types, constants, nothing, False)
-        types = {name: of for name, of in types.items() if name not in nothing}
+        nothing = ["v", "transition", "states", "written", "dq", "dk", "dstates", "X", "before"]
+    types, constants = with_states(types, constants, nothing, False)
+    types = {name: of for name, of in types.items() if name not in nothing}
     kernel = both_ways_module.hopper_both_ways_kernel
-    check_built(built(tmp_path, kernel, types, constants, 248 if parts == 1 else 168), 128)
+    check_built(built(tmp_path, kernel, types, constants, both_ways_module.REGISTERS), 128)
 
 
 @pytest.mark.parametrize("element", ["bf16", "fp16"])
@@ -154,9 +159,12 @@ def test_both_scans_compile_and_fit(tmp_path, element, K, V, state, parts, maps)
 def test_the_gradients_compile_and_fit(tmp_path, element, HV, V):
     wide = descriptor([1, 1, CHUNK, 128], element)
     types = tiles_of(element) | dict.fromkeys(("v", "do", "dv", "X"), wide) | dict.fromkeys(("dg", "dbeta"), "*fp32")
-    types["written"] = descriptor([1, 128, CHUNK], element)
     module = gradients_module
-    constants = {"H": 2, "HV": HV, "V": V} | roles_of(module)
+    constants = {"H": 2, "HV": HV, "V": V, "IN_KEYS": 2} | roles_of(module)
+    if (HV, V) == (4, 128):
+        constants["written"] = None
+    else:
+        types["written"] = wide
     check_built(built(tmp_path, module.hopper_gradient_kernel, types, constants, module.REGISTERS), 1024)
 
 
@@ -168,7 +176,8 @@ def test_the_inverse_compiles_and_seven_fit(tmp_path, element, backward):
         "k": tiles_of(element)["k"],
         **vectors,
         **dict.fromkeys(("scaled", "inverse"), f"*{element}"),
-        **dict.fromkeys(("T", "since", "until", "stride_g_b", "stride_g_h", "stride_beta_b", "stride_beta_h"), "i32"),
+        **dict.fromkeys(("T", "stride_g_b", "stride_g_h", "stride_beta_b", "stride_beta_h"), "i32"),
+        **dict.fromkeys(tiles.Chunks._fields, "i32"),
     }
     constants = {"H": 2, "HV": 4, "SCALE": 1.0 if backward else STRETCH, "stride_g_t": 4, "stride_beta_t": 8}
     constants["EARLY"] = not backward
@@ -280,6 +289,41 @@ def test_parts_of_a_sequence(B, T, HV, V, segment, parts):
     v = torch.empty(B, T, HV, V, dtype=torch.bfloat16, device="meta")
     with as_if_on(CHIPS["sm_90"]):
         assert hopper.parts(q, v, chunk_table(B, T, None, segment)) == parts
+
+
+@pytest.mark.parametrize(
+    "B, T, HV, V, steps",
+    [
+        (1, 8192, 16, 128, [21, 43 + 21, 43]),
+        (2, 8192, 8, 128, [21, 43 + 21, 43]),
+        (1, 8192, 8, 256, [21, 43 + 21, 43]),
+        (1, 4160, 16, 128, [32 + 33]),  # the first of two would be too short
+        (1, 6208, 16, 128, [16, 32 + 16, 33]),  # the middle one of 97 chunks is met in the second half
+        (1, 100, 16, 128, [2]),
+        (1, 60, 16, 128, [1]),
+        (1, 8192, 17, 128, [128]),  # more than half of the 132 multiprocessors
+        (1, 8192, 11, 128, [128]),  # segments
+        (1, 8192, 12, 128, [21, 43 + 21, 43]),
+    ],
+)
+def test_parts_of_the_backward(B, T, HV, V, steps):
+    q = torch.empty(B, T, 1, 128, dtype=torch.bfloat16, device="meta")
+    v = torch.empty(B, T, HV, V, dtype=torch.bfloat16, device="meta")
+    with as_if_on(CHIPS["sm_90"]):
+        assert hopper.steps_of_parts(q, v) == steps
+
+
+@pytest.mark.parametrize("chunks", range(1, 9))
+def test_two_walks_from_either_end(chunks):
+    """Until they meet all chunks are passed, and from then on all again."""
+    for halves in (range(0, chunks - chunks // 2 + 1), range(chunks // 2, chunks + 1)):
+        passed = []
+        for since, until in pairwise(halves):
+            part = tiles.chunks_passed(since, until, chunks)
+            end = part.count - part.of_since
+            passed += [*range(part.since, part.since + part.of_since), *range(part.again, part.again + end)]
+            assert set(passed[-part.count :]) == {since, chunks - until}
+        assert sorted(passed) == list(range(chunks))
 
 
 @pytest.mark.parametrize(
@@ -435,6 +479,31 @@ def test_parts_give_the_same_bits(monkeypatch, B, T, H, HV, V, state):
 
 @gpu
 @on_hopper
+@pytest.mark.parametrize(
+    "B, T, H, HV, K, V",
+    [(1, 6000, 8, 16, 128, 128), (2, 1500, 2, 6, 128, 128), (1, 900, 3, 3, 96, 256), (1, 64 * 33, 1, 2, 128, 384)],
+)
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_parts_of_the_backward_give_the_same_bits(monkeypatch, B, T, H, HV, K, V, state):
+    """Started one after the other without a stop, so that one that began too early would show."""
+    x = make_inputs(B, T, H, HV, K, V, torch.bfloat16, "cuda", initial_state=state)
+    do, ds = cotangents(x)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        return chunk_backward(do, ds if state else None, *arguments_of(x), scale_of(x))
+
+    monkeypatch.setattr("gdn_ops.kernels.hopper.backward.segment_length", lambda *args, **kwargs: None)
+    monkeypatch.setattr(hopper, "FEWEST_PROGRAMS", 0)
+    whole = run()
+    monkeypatch.setattr(hopper, "FEWEST_PROGRAMS", 1000)
+    monkeypatch.setattr(hopper, "SHORTEST_STEPS", 1)
+    assert len(hopper.steps_of_parts(x["q"], x["v"])) > 3
+    for parts in [run() for _ in range(10)]:
+        assert all(map(torch.equal, whole, parts))
+
+
+@gpu
+@on_hopper
 @pytest.mark.parametrize("B, T, H, HV, K, V", [(1, 1000, 2, 4, 128, 128), (2, 300, 1, 2, 96, 200)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
@@ -530,8 +599,8 @@ def test_inside_a_cuda_graph(calls):
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
 def test_gradients(monkeypatch, dtype, B, T, H, HV, K, V, state):
     made = []
-    original = gradients_module.gradients
-    monkeypatch.setattr(gradients_module, "gradients", lambda *args: (made.append(args), original(*args)))
+    original = gradients_module.prepared
+    monkeypatch.setattr(gradients_module, "prepared", lambda *args: made.append(1) or original(*args))
     x = make_inputs(B, T, H, HV, K, V, dtype, "cuda", initial_state=state)
     first = check_chunk(x)
     again = chunk(x, *cotangents(x))
@@ -552,8 +621,8 @@ def test_gradients(monkeypatch, dtype, B, T, H, HV, K, V, state):
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
 def test_groups_give_the_same_bits_in_less_memory(monkeypatch, B, T, H, HV, V, segment, state):
     started = []
-    original = gradients_module.gradients
-    monkeypatch.setattr(gradients_module, "gradients", lambda *args: (started.append(1), original(*args)))
+    original = gradients_module.prepared
+    monkeypatch.setattr(gradients_module, "prepared", lambda *args: started.append(1) or original(*args))
     x = make_inputs(B, T, H, HV, 128, V, torch.bfloat16, "cuda", initial_state=state)
     do, ds = cotangents(x)
     assert segment_length(x["q"], x["v"], None, ways=2) == segment

@@ -169,6 +169,28 @@ def test_key_heads_one_after_the_other_give_the_same_bits(B, T, H, HV, K, V, mul
     assert all(map(torch.equal, *got))
 
 
+@pytest.mark.parametrize(
+    "B, T, H, HV, K, V, starts",
+    [
+        (1, 450, 1, 2, 128, 128, (2, 3, 2)),
+        (2, 64 * 7 - 3, 1, 1, 96, 256, (2, 3, 2)),
+        (1, 1000, 1, 2, 128, 256, (3, 5, 3)),
+    ],
+)
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_parts_of_the_backward_give_the_same_bits(monkeypatch, B, T, H, HV, K, V, starts, state):
+    x = make_inputs(B, T, H, HV, K, V, BF16, initial_state=state)
+    do, ds = cotangents(x)
+    got = []
+    for shortest, fewest in ((1 << 20, 3), (1, 1000)):
+        monkeypatch.setattr(hopper, "SHORTEST_STEPS", shortest)
+        monkeypatch.setattr(hopper, "FEWEST_PROGRAMS", fewest)
+        with interpreted() as kernels:
+            got.append(chunk_backward(do, ds if state else None, *arguments_of(x), scale_of(x)))
+    assert tuple(kernels[f"hopper_{name}_kernel"].started for name in ("invert", "both_ways", "gradient")) == starts
+    assert all(map(torch.equal, *got))
+
+
 @pytest.mark.parametrize("enters", [True, False])
 def test_reverse_maps(enters):
     """The gradient of the state before every segment but the first; the last one's comes from the final state's."""

@@ -27,6 +27,9 @@ WIDEST_SEEN = 512
 NARROW = 64
 # Chunks of the shortest part of a sequence whose scan and inverse overlap: a part costs the start of a kernel.
 SHORTEST_PART = 32
+# The same of the backward's scans, whose steps take longer, and most parts of a half of their way. Where one program has
+# so many multiprocessors or more, segments are faster: with 8 heads of 128 columns, not with 16.
+SHORTEST_STEPS, MOST_PARTS, FEWEST_PROGRAMS = 16, 3, 3
 # Tokens times heads from which on a call is left whole: the GPU then takes some .1 ms forward and .3 ms backward. To
 # start a backward's kernels a host took .8 to 1.2 ms, which the rest of a layer has to hide. An estimate.
 TOKENS_TO_PAY = 1 << 16
@@ -103,23 +106,39 @@ def serves_gradients(
     return serves(q, k, v, scale, cu_seqlens, gradients=True) and _is_copied(do)
 
 
-def _programs(v: Tensor, table: ChunkTable) -> int:
+def programs_of(v: Tensor, table: ChunkTable) -> int:
     """Of the narrow scan."""
     return table.segments * v.shape[2] * triton.cdiv(v.shape[3], NARROW)
 
 
 def has_room(q: Tensor, v: Tensor, table: ChunkTable) -> bool:
     """Whether all programs of the narrow scan run at once: then the time of one is what counts, else that of all."""
-    return _programs(v, table) <= chip_of(q).multiprocessors
+    return programs_of(v, table) <= chip_of(q).multiprocessors
+
+
+def _doubling(chunks: int, shortest: int, most: int) -> list[int]:
+    """Lengths of at most so many parts, each twice as long as the one before it, the first ``shortest`` or longer where
+    there are more than one."""
+    number = min(most, max(1, (chunks // shortest + 1).bit_length() - 1))
+    ends = [chunks * (2**i - 1) // (2**number - 1) for i in range(number + 1)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def parts(q: Tensor, v: Tensor, table: ChunkTable) -> list[int]:
-    """Chunks of the parts in which the narrow scan takes every sequence, each twice as long as the one before it: while
-    half of the multiprocessors scan a part, the others can do the inverse of the next. One part where they are less
-    than half."""
+    """Chunks of the parts in which the narrow scan takes every sequence: while half of the multiprocessors scan a part,
+    the others can do the inverse of the next. One part where they are less than half."""
     chunks = table.chunks // q.shape[0]
-    number = 1
-    if table.segment is None and 2 * _programs(v, table) <= chip_of(q).multiprocessors:
-        number = max(1, (chunks // SHORTEST_PART + 1).bit_length() - 1)
-    ends = [chunks * (2**i - 1) // (2**number - 1) for i in range(number + 1)]
-    return [end - start for start, end in pairwise(ends)]
+    free = table.segment is None and 2 * programs_of(v, table) <= chip_of(q).multiprocessors
+    return _doubling(chunks, SHORTEST_PART, chunks) if free else [chunks]
+
+
+def steps_of_parts(q: Tensor, v: Tensor) -> list[int]:
+    """Steps of the parts in which the backward's scans take whole sequences, one part where segments or the chip's size
+    are better. In the first half of its steps the inverse of the next part runs beside a part, in the second the
+    gradients of the part before it."""
+    B, T, HV, V = v.shape
+    chunks, programs = triton.cdiv(T, CHUNK), 2 * B * HV * triton.cdiv(V, NARROW)
+    if not FEWEST_PROGRAMS * programs > chip_of(q).multiprocessors >= 2 * programs:
+        return [chunks]
+    before, after = (_doubling(half, SHORTEST_STEPS, MOST_PARTS) for half in (chunks // 2, chunks - chunks // 2))
+    return [*before[:-1], before[-1] + after[0], *after[1:]]

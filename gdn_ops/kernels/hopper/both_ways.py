@@ -11,6 +11,8 @@ Alone, the way back is the reverse map of segments.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import triton
 from torch import Tensor
@@ -23,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gdn_ops.kernels.hopper.tiles import (
     ALONG_C,
@@ -34,6 +37,7 @@ from gdn_ops.kernels.hopper.tiles import (
     OF_K,
     decays,
     heads,
+    in_keys,
     keep_scores,
     last_of,
     likeness,
@@ -47,9 +51,8 @@ from gdn_ops.kernels.triton.chip import chip_of
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk
 
-# Where two warpgroups compute, of three, one of them for the loader: ptxas plans with the mean, and the roles take what
-# they need.
-REGISTERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_LOAD = 168, 240, 24
+# Of three warpgroups, one of them for the loader: ptxas plans with the mean, and the roles take what they need.
+REGISTERS, REGISTERS_TO_HELP, REGISTERS_TO_LOAD = 168, 240, 24
 
 
 @gluon.jit
@@ -152,7 +155,7 @@ def _enter(state, at, v0, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV
 @gluon.jit
 def _forth(
     outs,
-    before,
+    states_in,
     place,
     tiles,
     s_out,
@@ -163,10 +166,15 @@ def _forth(
     K: gl.constexpr,
     V: gl.constexpr,
     PARTS: gl.constexpr,
+    H: gl.constexpr,
+    IN_KEYS: gl.constexpr,
     part: gl.constexpr,
 ):
-    states, written, _, _ = outs
-    _, _, hv, v0, segment, row, _, _, _, chunks = place
+    SIZE: gl.constexpr = 128  # the columns of a member
+    MEMBERS: gl.constexpr = HV // H * (V // SIZE)
+    states, written, dq, dk, _, _ = outs
+    before, _, _, reached = states_in
+    b, token, hv, v0, segment, row, _, _, _, chunks = place
     _, k_s, v_s, t_s, _, g_s, d_s, _ = tiles
     STAGES: gl.constexpr = k_s.shape[0]
     C: gl.constexpr = k_s.shape[3]
@@ -174,6 +182,8 @@ def _forth(
     BV: gl.constexpr = v_s.shape[4]
     dtype: gl.constexpr = k_s.dtype
     v0 += part * BV
+    h = hv // (HV // H)
+    member = hv % (HV // H) * (V // SIZE) + v0 // SIZE
     none_c = gl.zeros([BV, C], gl.float32, OF_C)
     s_tile = s_out.index(part)
     n_tile = n_out.index(part)
@@ -203,20 +213,34 @@ def _forth(
         new_vc = warpgroup_mma_wait(0, deps=(new_vc,))
         decayed_vc = gl.convert_layout((new_vc * decay_c[None, :]).to(dtype), LEFT_K)
         S_vk = warpgroup_mma(decayed_vc, k_ck, S_vk, is_async=True)
-        n_tile.reshape([BV, C]).store(new_vc.to(dtype))
+        n_tile.reshape([C, BV]).permute((1, 0)).store(new_vc.to(dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(written, [row, v0, 0], n_tile)
         more = i + 1 < chunks
         ahead, phase_ahead = next_stage(stage, phase, STAGES)
         mbarrier.wait(full.index(ahead), phase_ahead, pred=more)
         whole = gl.where(more, last_of(g_s.index(ahead)), 1.0)
         S_vk = warpgroup_mma_wait(0, deps=(S_vk,))
         mbarrier.arrive(empty.index(stage), count=1)
+        # Not while a product runs: ptxas has them end where there is a branch.
+        if IN_KEYS < MEMBERS:  # noqa: SIM102, decided when it is compiled; so are those below
+            if member >= IN_KEYS:
+                at = h * (MEMBERS - IN_KEYS) + member - IN_KEYS
+                tma.async_copy_shared_to_global(written, [b, at, token, v0 % SIZE], n_tile)
+        if IN_KEYS > 0:  # noqa: SIM102
+            if member == 0:
+                tma.async_copy_shared_to_global(dq, [b, h, token, v0 % SIZE], n_tile)
+        if IN_KEYS > 1:  # noqa: SIM102
+            if member == 1:
+                tma.async_copy_shared_to_global(dk, [b, h, token, v0 % SIZE], n_tile)
         low_vk = S_vk.to(dtype)
         S_vk = S_vk * whole
         row += HV
+        token += C
         stage = ahead
         phase = phase_ahead
+    if reached is not None:
+        offsets, mask = state_tile(v0, K, V, BK, BV)
+        gl.store(reached + (segment * HV + hv).to(gl.int64) * (K * V) + offsets, S_vk, mask=mask)
     tma.store_wait(0)
 
 
@@ -233,6 +257,7 @@ def _back(
     full,
     empty,
     scored,
+    used,
     HV: gl.constexpr,
     K: gl.constexpr,
     V: gl.constexpr,
@@ -240,8 +265,8 @@ def _back(
     MAP: gl.constexpr,
     part: gl.constexpr,
 ):
-    _, _, dstates, X = outs
-    _, after, leave = states_in
+    _, _, _, _, dstates, X = outs
+    _, after, leave, _ = states_in
     scale, score_scale = scales
     b, first_token, hv, v0, segment, row, n, first, last, chunks = place
     q_s, k_s, v_s, t_s, c_s, g_s, d_s, e_s = tiles
@@ -264,11 +289,12 @@ def _back(
     low_vk = S_vk.to(dtype)
     mbarrier.wait(full.index(0), 0)
     S_vk = S_vk * last_of(g_s.index(0))
-    qk_cj = likeness(q_s, k_s, 0, PARTS, part)
-    D_cj = decays(c_s, 0, score_scale, C, PARTS, part)
-    qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
-    keep_scores(scores(qk_cj, D_cj, part, dtype), p_s.index(0), part)
-    mbarrier.arrive(scored.index(0), count=1)
+    if PARTS > 1:
+        qk_cj = likeness(q_s, k_s, 0, PARTS, part)
+        D_cj = decays(c_s, 0, score_scale, C, PARTS, part)
+        qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
+        keep_scores(scores(qk_cj, D_cj, part, dtype), p_s.index(0), part)
+        mbarrier.arrive(scored.index(0), count=1)
     token = first_token + (chunks - 1) * C
     row += (chunks - 1) * HV
     stage = 0
@@ -292,25 +318,31 @@ def _back(
         decay_c = d_s.index(stage).reshape([C]).load(ALONG_C)
         erasing_c = e_s.index(stage).reshape([C]).load(ALONG_C)
         kept_vc, e_vc = warpgroup_mma_wait(0, deps=(kept_vc, e_vc))
+        if PARTS == 1:
+            mbarrier.arrive(used.index(i & 1), count=1)
         dnew_vc = gl.convert_layout((kept_vc * decay_c[None, :] + e_vc).to(dtype), LEFT_C)
         x_vc = warpgroup_mma(dnew_vc, t_s.index(stage).permute((1, 0)), none_c, use_acc=False, is_async=True)
         S_vk = warpgroup_mma(grown_vc, q_s.index(stage).reshape([C, BK]), S_vk, is_async=True)
-        # The scores of the chunk ahead; after the last one, of what is there.
         mbarrier.wait(full.index(ahead), phase_ahead, pred=more)
-        qk_cj = likeness(q_s, k_s, ahead, PARTS, part)
-        D_cj = decays(c_s, ahead, score_scale, C, PARTS, part)
+        if PARTS > 1:  # the scores of the chunk ahead; after the last one, of what is there
+            qk_cj = likeness(q_s, k_s, ahead, PARTS, part)
+            D_cj = decays(c_s, ahead, score_scale, C, PARTS, part)
         whole = gl.where(more, last_of(g_s.index(ahead)), 1.0)
-        x_vc = warpgroup_mma_wait(2, deps=(x_vc,))
+        x_vc = warpgroup_mma_wait(PARTS, deps=(x_vc,))
         erased_vc = gl.convert_layout((x_vc * erasing_c[None, :]).to(dtype), LEFT_K)
         S_vk = warpgroup_mma(erased_vc, k_ck, S_vk, is_async=True)
         if not MAP:
             n_tile.reshape([C, BV]).permute((1, 0)).store(x_vc.to(dtype))
             fence_async_shared()
             tma.async_copy_shared_to_global(X, [b, hv, token, v0], n_tile)
-        qk_cj, S_vk = warpgroup_mma_wait(0, deps=(qk_cj, S_vk))
+        if PARTS > 1:
+            qk_cj, S_vk = warpgroup_mma_wait(0, deps=(qk_cj, S_vk))
+        else:
+            S_vk = warpgroup_mma_wait(0, deps=(S_vk,))
         mbarrier.arrive(empty.index(stage), count=1)
-        keep_scores(scores(qk_cj, D_cj, part, dtype), p_s.index((i + 1) & 1), part)
-        mbarrier.arrive(scored.index((i + 1) & 1), count=1)
+        if PARTS > 1:
+            keep_scores(scores(qk_cj, D_cj, part, dtype), p_s.index((i + 1) & 1), part)
+            mbarrier.arrive(scored.index((i + 1) & 1), count=1)
         low_vk = S_vk.to(dtype)
         S_vk = S_vk * whole
         row -= HV
@@ -342,20 +374,48 @@ def _compute(
     full,
     empty,
     scored,
+    used,
     HV: gl.constexpr,
     K: gl.constexpr,
     V: gl.constexpr,
+    H: gl.constexpr,
     PARTS: gl.constexpr,
     MAP: gl.constexpr,
+    IN_KEYS: gl.constexpr,
     part: gl.constexpr,
 ):
     if forth:
-        _forth(outs, states_in[0], place, tiles, s_out, n_out, full, empty, HV, K, V, PARTS, part)
+        _forth(outs, states_in, place, tiles, s_out, n_out, full, empty, HV, K, V, PARTS, H, IN_KEYS, part)
     else:
-        _back(outs, states_in, scales, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V, PARTS, MAP, part)
+        _back(
+            outs, states_in, scales, place, tiles, p_s, s_out, n_out, full, empty, scored, used, HV, K, V, PARTS, MAP,
+            part,
+        )  # fmt: skip
 
 
 @gluon.jit
+def _score(scales, tiles, p_s, full, empty, scored, used, forth, chunks):
+    """The scores of the way back, two chunks ahead of their use."""
+    _, score_scale = scales
+    q_s, k_s, _, _, c_s, _, _, _ = tiles
+    STAGES: gl.constexpr = k_s.shape[0]
+    C: gl.constexpr = k_s.shape[3]
+    dtype: gl.constexpr = k_s.dtype
+    stage = 0
+    phase = 0
+    for i in range(gl.where(forth, 0, chunks)):
+        mbarrier.wait(full.index(stage), phase)
+        qk_cj = likeness(q_s, k_s, stage, 1, 0)
+        D_cj = decays(c_s, stage, score_scale, C, 1, 0)
+        qk_cj = warpgroup_mma_wait(0, deps=(qk_cj,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.wait(used.index(i & 1), (i >> 1 & 1) ^ 1)
+        keep_scores(scores(qk_cj, D_cj, 0, dtype), p_s.index(i & 1), 0)
+        mbarrier.arrive(scored.index(i & 1), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit(do_not_specialize=["since", "until"])
 def hopper_both_ways_kernel(
     q,
     k,
@@ -369,28 +429,38 @@ def hopper_both_ways_kernel(
     erasing,
     states,
     written,
+    dq,
+    dk,
     dstates,
     X,
     before,
     after,
     leave,
+    reached,
     scale,
     score_scale,
     T,
     SEGMENT,
+    since,
+    until,
     H: gl.constexpr,
     HV: gl.constexpr,
     K: gl.constexpr,
     V: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
-    TO_COMPUTE: gl.constexpr,
+    TO_HELP: gl.constexpr,
     TO_LOAD: gl.constexpr,
     MAP: gl.constexpr,
+    IN_KEYS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
-    """``before`` and ``after`` are of each segment, ``leave`` of each sequence, the three may be None. With ``MAP``
-    there is the way back alone, over all segments but first ones: ``after`` is of each sequence, ``leave`` of each
-    segment, nothing else is written."""
+    """``before``, ``after`` and ``reached``, the state after, are of each segment, ``leave`` of each sequence, the four
+    may be None. V' of the first ``IN_KEYS`` members of a key head goes to dq and dk, that of the others to ``written``.
+    Either way takes its steps from ``since`` to ``until``. With ``MAP`` there is the way back alone, over all segments
+    but first ones: ``after`` is of each sequence, ``leave`` of each segment, nothing else is written. ``EARLY``: as
+    that of the inverse."""
+    gdc_launch_dependents()
     C: gl.constexpr = k.block_type.shape[2]
     BV: gl.constexpr = do.block_type.shape[3]
     NV: gl.constexpr = (V + PARTS * BV - 1) // (PARTS * BV)
@@ -411,6 +481,12 @@ def hopper_both_ways_kernel(
     part = segment % parts
     first = part * SEGMENT
     chunks = gl.minimum(SEGMENT, NT - first)
+    steps = gl.minimum(until, chunks) - since
+    if forth:
+        first += since
+    else:
+        first += chunks - since - steps
+    chunks = steps
     chunk = b * NT + first
 
     dtype: gl.constexpr = k.dtype
@@ -432,77 +508,93 @@ def hopper_both_ways_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     scored = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    used = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=PARTS)
+        if PARTS == 1 and forth:
+            mbarrier.init(empty.index(i), count=1)
+        else:
+            mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(scored.index(i), count=PARTS)
+        mbarrier.init(used.index(i), count=1)
     fence_async_shared()
 
     tensors = (q, k, v, do, transition, inverse, sums, from_start, to_end, erasing)
     tiles = (q_s, k_s, v_s, t_s, c_s, g_s, d_s, e_s)
-    outs = (states, written, dstates, X)
-    states_in = (before, after, leave)
+    outs = (states, written, dq, dk, dstates, X)
+    states_in = (before, after, leave, reached)
     scales = (scale, score_scale)
     place = (b, first * C, hv, v0, segment, chunk * HV + hv, b, part == 0, part == parts - 1, chunks)
     h = hv // (HV // H)
+    if not EARLY:
+        gdc_wait()
     if PARTS == 1:
         gl.warp_specialize(
             [
                 (
                     _compute,
-                    (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V,
-                     PARTS, MAP, 0),
+                    (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, used, HV, K,
+                     V, H, PARTS, MAP, IN_KEYS, 0),
                 ),
+                (_score, (scales, tiles, p_s, full, empty, scored, used, forth, chunks)),
                 (_load, (tensors, tiles, full, empty, forth, b, first * C, h, hv, v0, chunk, chunks, HV, PARTS)),
             ],
-            [1],
-            [TO_LOAD],
+            [4, 1],
+            [TO_HELP, TO_LOAD],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
                 (
                     _compute,
-                    (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V,
-                     PARTS, MAP, 0),
+                    (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, used, HV, K,
+                     V, H, PARTS, MAP, IN_KEYS, 0),
                 ),
                 (
                     _compute,
-                    (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, HV, K, V,
-                     PARTS, MAP, 1),
+                    (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, used, HV, K,
+                     V, H, PARTS, MAP, IN_KEYS, 1),
                 ),
                 (_load, (tensors, tiles, full, empty, forth, b, first * C, h, hv, v0, chunk, chunks, HV, PARTS)),
             ],
             [4, 1],
-            [TO_COMPUTE, TO_LOAD],
+            [TO_HELP, TO_LOAD],
         )  # fmt: skip
+    if EARLY:  # noqa: SIM102, decided when it is compiled
+        if gl.program_id(0) == gl.num_programs(0) - 1:
+            gdc_wait()
 
 
-def _launch(x: IntraChunk, do, q, k, table: ChunkTable, scale: float, programs: int, **arguments) -> None:
-    """``programs`` pieces of 64 columns of values, two of them in a program where they are too many for one each."""
+def _prepared(
+    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, table: ChunkTable, scale: float, programs: int, **tensors
+) -> Callable[..., None]:
+    """Starts the kernel with ``programs`` pieces of 64 columns of values, two of them in a program where they are too
+    many for one each."""
     T, H, K = k.shape[1:]
     HV, V = do.shape[2:]
     parts = 1 if programs * HV * triton.cdiv(V, BV) <= chip_of(k).multiprocessors else 2
-    hopper_both_ways_kernel[(programs * HV * triton.cdiv(V, parts * BV),)](
+    return partial(
+        hopper_both_ways_kernel[(programs * HV * triton.cdiv(V, parts * BV),)],
         heads(q, BK), heads(k, BK), do=heads(do, BV), inverse=rows_of(x.inverse, CHUNK), sums=rows_of(x.c_sum, 1),
         from_start=rows_of(x.from_start, 1), to_end=rows_of(x.to_end, 1), erasing=rows_of(x.erasing, 1), scale=scale,
         score_scale=math.log2(scale), T=T, SEGMENT=table.segment or triton.cdiv(T, CHUNK), H=H, HV=HV, K=K, V=V,
-        PARTS=parts, STAGES=3 if parts == 1 else 2, TO_COMPUTE=REGISTERS_TO_COMPUTE, TO_LOAD=REGISTERS_TO_LOAD,
-        num_warps=4, maxnreg=248 if parts == 1 else REGISTERS, **arguments,
+        PARTS=parts, STAGES=3 if parts == 1 else 2, TO_HELP=REGISTERS_TO_HELP, TO_LOAD=REGISTERS_TO_LOAD,
+        num_warps=4, maxnreg=REGISTERS, launch_pdl=True, **tensors,
     )  # fmt: skip
 
 
-def scan_both_ways(
-    x: IntraChunk, do: Tensor, k: Tensor, v: Tensor, table: ChunkTable, *, q: Tensor, scale: float,
-    before: Tensor | None, after: Tensor | None, leave: Tensor | None,
-    states: Tensor, written: Tensor, dstates: Tensor, X: Tensor,
-) -> None:  # fmt: skip
-    """``before`` and ``after`` are those of each segment, ``X [B, T, HV, V]``; ``x`` is ``invert``'s."""
-    _launch(
+def prepared(
+    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, v: Tensor, table: ChunkTable, scale: float, *,
+    states: Tensor, written: Tensor | None, dq: Tensor, dk: Tensor, dstates: Tensor, X: Tensor,
+) -> Callable[..., None]:  # fmt: skip
+    """``X`` is ``[B, T, HV, V]``, ``written`` what ``gradients.room`` gives, ``x`` from ``invert``. What is returned
+    takes the other arguments of the kernel: the states ``before``, ``after``, ``leave`` and ``reached``, the steps
+    ``since`` to ``until``, ``EARLY``."""
+    return _prepared(
         x, do, q, k, table, scale, 2 * table.segments, v=heads(v, BV), transition=rows_of(x.T, CHUNK),
-        states=matrices(states, BV, BK), written=matrices(written, BV, CHUNK), dstates=matrices(dstates, BV, BK),
-        X=heads(X, BV), before=before, after=after, leave=leave, MAP=False,
+        states=matrices(states, BV, BK), written=None if written is None else heads(written, BV), dq=heads(dq, BV),
+        dk=heads(dk, BV), dstates=matrices(dstates, BV, BK), X=heads(X, BV), IN_KEYS=in_keys(k, v), MAP=False,
     )  # fmt: skip
 
 
@@ -511,5 +603,8 @@ def reverse_maps(
     leave: Tensor,
 ) -> None:  # fmt: skip
     """``dS`` before each segment but first ones, from zero or for last segments from ``enter [N, HV, K, V]``."""
-    nothing = dict.fromkeys(("v", "transition", "states", "written", "dstates", "X", "before"))
-    _launch(x, do, q, k, table, scale, table.segments - table.sequences, after=enter, leave=leave, MAP=True, **nothing)
+    nothing = ("v", "transition", "states", "written", "dq", "dk", "dstates", "X", "before", "reached")
+    run = _prepared(
+        x, do, q, k, table, scale, table.segments - table.sequences, **dict.fromkeys(nothing), IN_KEYS=0, MAP=True
+    )
+    run(after=enter, leave=leave, since=0, until=table.segment, EARLY=False)

@@ -16,8 +16,8 @@ pair, dg and dbeta of a head. Four roles:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,15 +28,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gdn_ops.kernels.hopper.tiles import ALONG_C, OF_C, add, exp2, heads, matrices, rows_of
-from gdn_ops.kernels.triton.chip import chip_of
-from gdn_ops.kernels.triton.chunk_table import CHUNK
+from gdn_ops.kernels.hopper.tiles import (
+    ALONG_C,
+    OF_C,
+    Chunks,
+    add,
+    chunk_of,
+    exp2,
+    heads,
+    in_keys,
+    matrices,
+    rows_of,
+)
 from gdn_ops.kernels.triton.intra_chunk import IntraChunk
 
 SIZE = 128  # K, padded, and the columns of values of a member
 # A warpgroup for the loader and the gates, as much of the rest for the others as there is.
 REGISTERS, REGISTERS_TO_COMPUTE, REGISTERS_TO_HELP = 168, 240, 24
+
+
+@gluon.jit
+def _chunk_at(index, chunks):
+    """Row of the batch, and which chunk of that row is the ``index``-th of all."""
+    since, of_since, again, count = chunks
+    return index // count, chunk_of(index % count, since, of_since, again)
 
 
 @gluon.jit
@@ -52,13 +69,15 @@ def _load(
     qk_empty,
     items,
     programs,
+    chunks,
     NT,
     H: gl.constexpr,
     HV: gl.constexpr,
     NV: gl.constexpr,
+    IN_KEYS: gl.constexpr,
 ):
     """Tiles of a member: V', dO, X, v, S, dS (values 0 to 63), S, dS (64 to 127)."""
-    q, k, v, do, states, dstates, written, X, sums, from_start, to_end, beta = tensors
+    q, k, v, do, states, dstates, written, dq, dk, X, sums, from_start, to_end, beta = tensors
     c_s, g_s, d_s, b_s = vectors
     C: gl.constexpr = 64
     GROUP: gl.constexpr = HV // H
@@ -67,17 +86,17 @@ def _load(
     dtype: gl.constexpr = tiles.dtype
     four: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     three: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    n_tile = tiles.index(0)._reinterpret(dtype, [1, 128, 64], three)
+    n_tile = tiles.index(0)._reinterpret(dtype, [1, 1, 64, 128], four)
     do_tile = tiles.index(1)._reinterpret(dtype, [1, 1, 64, 128], four)
     x_tile = tiles.index(2)._reinterpret(dtype, [1, 1, 64, 128], four)
     v_tile = tiles.index(3)._reinterpret(dtype, [1, 1, 64, 128], four)
     number = 0
     members = 0
     for item in range(gl.program_id(0), items, programs):
-        chunk = item // H
+        b, local = _chunk_at(item // H, chunks)
         h = item % H
-        b = chunk // NT
-        token = chunk % NT * C
+        chunk = b * NT + local
+        token = local * C
         turn = number & 1
         mbarrier.wait(qk_empty.index(turn), (number >> 1 & 1) ^ 1)
         mbarrier.expect(qk_full.index(turn), 2 * NBYTES)
@@ -99,7 +118,16 @@ def _load(
                 tma.async_copy_global_to_shared(dstates, [row, v0 + half * 64, 0], ready, ds_tile)
             ready = full.index(0)
             mbarrier.expect(ready, 3 * NBYTES + VECTORS)
-            tma.async_copy_global_to_shared(written, [row, v0, 0], ready, n_tile)
+            if IN_KEYS < GROUP * NV:  # noqa: SIM102, decided when it is compiled; so are those below
+                if member >= IN_KEYS:
+                    at = h * (GROUP * NV - IN_KEYS) + member - IN_KEYS
+                    tma.async_copy_global_to_shared(written, [b, at, token, 0], ready, n_tile)
+            if IN_KEYS > 0:  # noqa: SIM102
+                if member == 0:
+                    tma.async_copy_global_to_shared(dq, [b, h, token, 0], ready, n_tile)
+            if IN_KEYS > 1:  # noqa: SIM102
+                if member == 1:
+                    tma.async_copy_global_to_shared(dk, [b, h, token, 0], ready, n_tile)
             tma.async_copy_global_to_shared(do, [b, hv, token, v0], ready, do_tile)
             tma.async_copy_global_to_shared(X, [b, h * (GROUP * NV) + member, token, 0], ready, x_tile)
             tma.async_copy_global_to_shared(sums, [row, 0], ready, c_s.index(vector))
@@ -135,7 +163,7 @@ def _column(x, columns, i: gl.constexpr):
 
 @gluon.jit
 def _gates(
-    dg, dbeta, sums_s, summed, gated, items, programs, T, NT, H: gl.constexpr, HV: gl.constexpr, NV: gl.constexpr
+    dg, dbeta, sums_s, summed, gated, items, programs, chunks, T, H: gl.constexpr, HV: gl.constexpr, NV: gl.constexpr
 ):  # fmt: skip
     """Every gate of a chunk reaches what the tokens after it read and write, and the state after the chunk."""
     C: gl.constexpr = 64
@@ -146,9 +174,8 @@ def _gates(
     columns = gl.arange(0, 4, gl.SliceLayout(0, four))
     members = 0
     for item in range(gl.program_id(0), items, programs):
-        chunk = item // H
-        b = chunk // NT
-        token = chunk % NT * C
+        b, local = _chunk_at(item // H, chunks)
+        token = local * C
         real = rows < T - token
         for head in range(GROUP):
             dg_c = gl.zeros([C], gl.float32, plain)
@@ -183,9 +210,9 @@ def _compute(
     barriers,
     items,
     programs,
+    chunks,
     scale,
     score_scale,
-    NT,
     H: gl.constexpr,
     HV: gl.constexpr,
     NV: gl.constexpr,
@@ -198,7 +225,6 @@ def _compute(
     C: gl.constexpr = 64
     GROUP: gl.constexpr = HV // H
     dtype: gl.constexpr = tiles.dtype
-    two: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     four: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     row_c: gl.constexpr = gl.SliceLayout(1, OF_C)
     rows = gl.arange(0, C, row_c)
@@ -213,10 +239,9 @@ def _compute(
     number = 0
     members = 0
     for item in range(gl.program_id(0), items, programs):
-        chunk = item // H
+        b, local = _chunk_at(item // H, chunks)
         h = item % H
-        b = chunk // NT
-        token = chunk % NT * C
+        token = local * C
         turn = number & 1
         q_j = q_s.index(turn).reshape([C, 128]).slice(part * 64, 64, 1)
         k_j = k_s.index(turn).reshape([C, 128]).slice(part * 64, 64, 1)
@@ -228,16 +253,16 @@ def _compute(
             phase = members & 1
             # Hidden from the compiler, which would keep all addresses made of it in registers from member to member.
             first = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1)
-            n_vc = tiles.index(first)._reinterpret(dtype, [128, 64], two)
+            n_cv = tiles.index(first)
             do_cv = tiles.index(first + 1)
             x_cv = tiles.index(first + 2)
             v_cv = tiles.index(first + 3)
             v_half = v_cv.slice(part * 64, 64, 1)
             mbarrier.wait(full.index(0), phase)
             if part == 0:
-                square = warpgroup_mma(do_cv, n_vc, none, use_acc=False, is_async=True)
+                square = warpgroup_mma(do_cv, n_cv.permute((1, 0)), none, use_acc=False, is_async=True)
             else:
-                square = warpgroup_mma(x_cv, n_vc, none, use_acc=False, is_async=True)
+                square = warpgroup_mma(x_cv, n_cv.permute((1, 0)), none, use_acc=False, is_async=True)
             beta_c = b_s.index(vector).reshape([C]).load(row_c)
             sums = c_s.index(vector).reshape([2 * C])
             high = sums.slice(0, C)
@@ -275,9 +300,7 @@ def _compute(
                 ds_vk = tiles.index(first + 5 + 2 * half).slice(part * 64, 64, 1)
                 toward_q = warpgroup_mma(do_cv.slice(half * 64, 64, 1), s_vk, toward_q, use_acc=half > 0, is_async=True)
                 r_ck = warpgroup_mma(x_cv.slice(half * 64, 64, 1), s_vk, r_ck, use_acc=half > 0, is_async=True)
-                toward_k = warpgroup_mma(
-                    n_vc.slice(half * 64, 64).permute((1, 0)), ds_vk, toward_k, use_acc=half > 0, is_async=True
-                )
+                toward_k = warpgroup_mma(n_cv.slice(half * 64, 64, 1), ds_vk, toward_k, use_acc=half > 0, is_async=True)
                 trace += gl.sum(s_vk.load(OF_C).to(gl.float32) * ds_vk.load(OF_C).to(gl.float32), 1)
                 toward_q, r_ck, toward_k = warpgroup_mma_wait(0, deps=(toward_q, r_ck, toward_k))
                 mbarrier.arrive(empty.index(half), count=1)
@@ -329,7 +352,7 @@ def _compute(
         tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["since", "of_since", "again", "count"])
 def hopper_gradient_kernel(
     q,
     k,
@@ -353,13 +376,20 @@ def hopper_gradient_kernel(
     T,
     items,
     programs,
+    since,
+    of_since,
+    again,
+    count,
     H: gl.constexpr,
     HV: gl.constexpr,
     V: gl.constexpr,
+    IN_KEYS: gl.constexpr,
     TO_COMPUTE: gl.constexpr,
     TO_HELP: gl.constexpr,
 ):
-    """``X`` and ``dv`` are the same memory, ``[B, T, HV * NV, 128]``: a head of each member."""
+    """``X`` and ``dv`` are the same memory, ``[B, T, HV * NV, 128]``: a head of each member. V' of the first
+    ``IN_KEYS`` members of a key head is in dq and dk, that of the others in ``written``. Of every row some chunks
+    (``tiles.Chunks``)."""
     dtype: gl.constexpr = k.dtype
     two: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -396,48 +426,67 @@ def hopper_gradient_kernel(
     mbarrier.init(exchanged, count=2)
     mbarrier.init(ended_all, count=2)
     fence_async_shared()
-    tensors = (q, k, v, do, states, dstates, written, X, sums, from_start, to_end, beta)
+    tensors = (q, k, v, do, states, dstates, written, dq, dk, X, sums, from_start, to_end, beta)
     outs = (dq, dk, dv)
     squares = (p_s, a_s, ab_s)
     vectors = (c_s, g_s, d_s, b_s)
     barriers = (full, empty, qk_full, qk_empty, exchanged, summed, gated, ended_all)
+    chunks = (since, of_since, again, count)
+    gdc_wait()
+    gdc_launch_dependents()  # a kernel that needs what is there by now, and none of this
     gl.warp_specialize(
         [
             (
                 _compute,
-                (outs, tiles, q_s, k_s, squares, vectors, sums_s, barriers, items, programs, scale, score_scale,
-                 NT, H, HV, NV, 0),
+                (outs, tiles, q_s, k_s, squares, vectors, sums_s, barriers, items, programs, chunks, scale, score_scale,
+                 H, HV, NV, 0),
             ),
             (
                 _compute,
-                (outs, tiles, q_s, k_s, squares, vectors, sums_s, barriers, items, programs, scale, score_scale,
-                 NT, H, HV, NV, 1),
+                (outs, tiles, q_s, k_s, squares, vectors, sums_s, barriers, items, programs, chunks, scale, score_scale,
+                 H, HV, NV, 1),
             ),
             (
                 _load,
-                (tensors, tiles, q_s, k_s, vectors, full, empty, qk_full, qk_empty, items, programs, NT, H, HV, NV),
+                (tensors, tiles, q_s, k_s, vectors, full, empty, qk_full, qk_empty, items, programs, chunks, NT, H, HV,
+                 NV, IN_KEYS),
             ),
-            (_gates, (dg, dbeta, sums_s, summed, gated, items, programs, T, NT, H, HV, NV)),
+            (_gates, (dg, dbeta, sums_s, summed, gated, items, programs, chunks, T, H, HV, NV)),
         ],
         [4, 1, 1],
         [TO_COMPUTE, TO_HELP, TO_HELP],
     )  # fmt: skip
 
 
-def gradients(
-    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, v: Tensor, states: Tensor, dstates: Tensor, written: Tensor,
-    dq: Tensor, dk: Tensor, dv: Tensor, dg: Tensor, dbeta: Tensor, scale: float,
-) -> None:  # fmt: skip
-    """``dg, dbeta [B, T, HV]`` are contiguous, heads of dq, dk, dv may be some of more; ``dv`` holds X before."""
+def room(k: Tensor, v: Tensor) -> Tensor | None:
+    """For V' of the members that dq and dk do not take."""
+    B, T, H, _ = k.shape
+    members = v.shape[2] // H * (v.shape[3] // SIZE) - in_keys(k, v)
+    return k.new_empty((B, T, H * members, SIZE)) if members else None
+
+
+def prepared(
+    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, v: Tensor, states: Tensor, dstates: Tensor,
+    written: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, dg: Tensor, dbeta: Tensor, scale: float,
+) -> Callable[[Chunks, int], None]:  # fmt: skip
+    """``dg, dbeta [B, T, HV]`` are contiguous, heads of dq, dk, dv may be some of more; ``dv`` holds X before. What is
+    returned computes the gradients of some chunks, by so many programs at most."""
     B, T, H, _ = q.shape
     HV, V = v.shape[2:]
     of_members = heads(dv.view(B, T, -1, SIZE), SIZE)
-    items = B * triton.cdiv(T, CHUNK) * H
-    programs = min(items, chip_of(q).multiprocessors)
-    hopper_gradient_kernel[(programs,)](
+    tensors = (
         heads(q, SIZE), heads(k, SIZE), heads(v, SIZE), heads(do, SIZE), matrices(states, 64, SIZE),
-        matrices(dstates, 64, SIZE), matrices(written, SIZE, CHUNK), of_members, rows_of(x.c_sum, 1),
+        matrices(dstates, 64, SIZE), None if written is None else heads(written, SIZE), of_members, rows_of(x.c_sum, 1),
         rows_of(x.from_start, 1), rows_of(x.to_end, 1), rows_of(x.beta, 1), heads(dq, SIZE), heads(dk, SIZE),
-        of_members, dg, dbeta, scale, math.log2(scale), T, items, programs, H=H, HV=HV, V=V,
-        TO_COMPUTE=REGISTERS_TO_COMPUTE, TO_HELP=REGISTERS_TO_HELP, num_warps=4, maxnreg=REGISTERS,
+        of_members, dg, dbeta, scale, math.log2(scale), T,
     )  # fmt: skip
+
+    def run(chunks: Chunks, most: int) -> None:
+        items = B * chunks.count * H
+        programs = min(items, most)
+        hopper_gradient_kernel[(programs,)](
+            *tensors, items, programs, *chunks, H=H, HV=HV, V=V, IN_KEYS=in_keys(k, v), TO_COMPUTE=REGISTERS_TO_COMPUTE,
+            TO_HELP=REGISTERS_TO_HELP, num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
+        )  # fmt: skip
+
+    return run

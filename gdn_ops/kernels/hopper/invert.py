@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gdn_ops.kernels.hopper.tiles import BK, OF_C, add, exp2, heads
+from gdn_ops.kernels.hopper.tiles import BK, OF_C, Chunks, add, chunk_of, chunks_between, exp2, heads
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.intra_chunk import ALIKE, LOG2_E, STRETCH, WEAKEST, IntraChunk, strides_of
 
@@ -246,7 +246,7 @@ def _store(out, tile):
     gl.store(out + rows[:, None] * C + columns[None, :], tile.load(by_16))
 
 
-@gluon.jit(do_not_specialize=["since", "until"])
+@gluon.jit(do_not_specialize=["since", "of_since", "again", "count"])
 def hopper_invert_kernel(
     k,
     g,
@@ -260,7 +260,9 @@ def hopper_invert_kernel(
     inverse,
     T,
     since,
-    until,
+    of_since,
+    again,
+    count,
     stride_g_b,
     stride_g_t: gl.constexpr,
     stride_g_h,
@@ -272,8 +274,8 @@ def hopper_invert_kernel(
     SCALE: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """Outputs are those of ``invert_kernel``; ``rate``, ``erasing`` and ``inverse`` may be None. Of every sequence the
-    chunks from ``since`` to ``until``. ``EARLY``: it starts before the kernel before it is over, and is not over before
+    """Outputs are those of ``invert_kernel``; ``rate``, ``erasing`` and ``inverse`` may be None. Of every sequence
+    some chunks (``tiles.Chunks``). ``EARLY``: it starts before the kernel before it is over, and is not over before
     that one is, so that what comes next need not know."""
     C: gl.constexpr = k.block_type.shape[2]
     BK: gl.constexpr = k.block_type.shape[3]
@@ -298,8 +300,8 @@ def hopper_invert_kernel(
     gdc_launch_dependents()  # the narrow scan's programs may start, and wait for the end
     program = gl.program_id(0)
     hv = program % HV
-    b = program // HV // (until - since)
-    chunk = since + program // HV % (until - since)
+    b = program // HV // count
+    chunk = chunk_of(program // HV % count, since, of_since, again)
     begin = chunk * C
     k_s = gl.allocate_shared_memory(k.dtype, k.block_type.shape, k.layout)
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -474,7 +476,7 @@ def hopper_invert_kernel(
 def inverse_by_parts(
     k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False
 ) -> tuple[IntraChunk, Callable[..., None]]:
-    """Room for what :func:`invert` gives, and what fills the chunks ``since`` to ``until`` of every sequence.
+    """Room for what :func:`invert` gives, and what fills some chunks of every sequence.
     ``early``: while the kernel that was started last, of which it reads nothing, still runs, if that one lets it."""
     T, H = k.shape[1:3]
     HV = g.shape[2]
@@ -492,9 +494,9 @@ def inverse_by_parts(
     x = IntraChunk(buffer(2 * CHUNK), vector(), vector(), square(), None, rate, erasing, inverse, None)
     tensors = (heads(k, BK), g, beta, x.c_sum, x.from_start, x.to_end, rate, erasing, x.T, inverse)
 
-    def run(since: int, until: int, early: bool = False) -> None:
-        hopper_invert_kernel[(k.shape[0] * (until - since) * HV,)](
-            *tensors, T, since, until, **strides_of("g", g), **strides_of("beta", beta), H=H, HV=HV,
+    def run(chunks: Chunks, early: bool = False) -> None:
+        hopper_invert_kernel[(k.shape[0] * chunks.count * HV,)](
+            *tensors, T, *chunks, **strides_of("g", g), **strides_of("beta", beta), H=H, HV=HV,
             SCALE=1.0 if backward else STRETCH, EARLY=early, num_warps=4, maxnreg=REGISTERS, launch_pdl=early,
         )  # fmt: skip
 
@@ -504,5 +506,5 @@ def inverse_by_parts(
 def invert(k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False) -> IntraChunk:
     """What the kernels for Hopper take in place of ``intra_chunk``'s, for calls that ``hopper.serves`` takes."""
     x, run = inverse_by_parts(k, g, beta, table, backward)
-    run(0, table.chunks // k.shape[0])
+    run(chunks_between(0, table.chunks // k.shape[0]))
     return x

@@ -48,6 +48,7 @@ from gdn_ops.kernels.hopper.tiles import (
     LEFT_K,
     OF_C,
     OF_K,
+    chunks_between,
     decays,
     heads,
     hidden,
@@ -349,10 +350,10 @@ def narrow_scan_by_parts(
     run = _prepared(x, q, k, v, scale, table, o)
     between = q.new_empty((table.sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
     since = 0
-    invert_part(0, parts[0])
+    invert_part(chunks_between(0, parts[0]))
     for part, ahead in zip(parts, [*parts[1:], 0]):
         until = since + part
         run(since, until, initial_state if since == 0 else between, between if ahead else final_state)
         if ahead:
-            invert_part(until, until + ahead, early=True)
+            invert_part(chunks_between(until, until + ahead), early=True)
         since = until

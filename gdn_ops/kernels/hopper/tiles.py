@@ -8,6 +8,7 @@ units of log2: differences of fp64 are slow.
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -64,6 +65,12 @@ def piece_of(
     parts = (until - since + SEGMENT - 1) // SEGMENT
     first = since + segment % parts * SEGMENT
     return segment // parts, item // NV % HV, item % NV * BV, first, gl.minimum(SEGMENT, until - first), segment, NT
+
+
+@gluon.jit
+def chunk_of(index, since, of_since, again):
+    """The chunk of a sequence that is the ``index``-th of those which a call takes (:class:`Chunks`)."""
+    return gl.where(index < of_since, since + index, again + index - of_since)
 
 
 @gluon.jit
@@ -141,6 +148,35 @@ def keep_scores(P_cj, p_cc, part: gl.constexpr):
     WIDTH: gl.constexpr = P_cj.shape[1]
     p_cc.slice(part * WIDTH, WIDTH, 1).store(P_cj)
     fence_async_shared()
+
+
+def in_keys(k: Tensor, v: Tensor) -> int:
+    """Of how many members of a key head (its value heads, 128 columns of each one after the other) V' is left in dq and
+    dk, until these are known: one of each, where it fits."""
+    members = v.shape[2] // k.shape[2] * (v.shape[3] // BK)
+    return min(2, members) if k.shape[3] == BK else 0
+
+
+class Chunks(NamedTuple):
+    """Which chunks of every sequence a call takes: ``of_since`` from ``since`` on and the others from ``again`` on,
+    ``count`` in all."""
+
+    since: int
+    of_since: int
+    again: int
+    count: int
+
+
+def chunks_between(since: int, until: int) -> Chunks:
+    return Chunks(since, until - since, until, until - since)
+
+
+def chunks_passed(since: int, until: int, chunks: int) -> Chunks:
+    """Those which two walks through a sequence, one from either end, pass in their steps ``since`` to ``until``."""
+    (first, end), (again, last) = sorted([(since, until), (chunks - until, chunks - since)])
+    if again <= end:
+        return chunks_between(first, last)
+    return Chunks(first, end - first, again, end - first + last - again)
 
 
 @cache

@@ -33,8 +33,6 @@ Source of the chunk form: arXiv 2412.06464, section 3.3; the tests check the der
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -631,42 +629,33 @@ def _group(
     def place(given: Tensor | None, like: Tensor) -> Tensor:
         return make(like.shape, dtype=like.dtype, device=device) if given is None else given
 
+    if on_hopper:  # loaded where they serve: another version of Triton may not have what they need
+        from gdn_ops.kernels.hopper.backward import backward
+
+        dq, dk, dv = place(dq, q), place(dk, k), place(dv, v)
+        dg, dbeta = backward(do, dfinal_state, initial_state, leave, q, k, v, g, beta, scale, dq, dk, dv)
+        return dq, dk, dv, dg, dbeta
     table = chunk_table(B, T, cu_seqlens, segment_length(q, v, cu_seqlens, ways=2))
     before, after = initial_state, dfinal_state
-    map_forth, map_back, run = maps, reverse_maps, scan_both_ways
-    if on_hopper:  # loaded where they serve: another version of Triton may not have what they need
-        from gdn_ops.kernels.hopper import both_ways
-        from gdn_ops.kernels.hopper.gradients import gradients
-        from gdn_ops.kernels.hopper.invert import invert
-        from gdn_ops.kernels.hopper.maps import maps as map_forth
-
-        x = invert(k, g, beta, table, backward=True)
-        map_back, run = (partial(way, q=q, scale=scale) for way in (both_ways.reverse_maps, both_ways.scan_both_ways))
-    else:
-        x = intra_chunk(q, k, g, beta, table, scale, backward=True)
+    x = intra_chunk(q, k, g, beta, table, scale, backward=True)
     if table.segment is not None:
-        segments = map_forth(x, k, v, table, initial_state)
+        segments = maps(x, k, v, table, initial_state)
         before = combine(segments, initial_state, None, q, T, table, reverse=False)
         # M is that of the way back, too; B has been used, and its memory takes the other one.
-        map_back(x, do, k, table, enter=dfinal_state, leave=segments.B)
+        reverse_maps(x, do, k, table, enter=dfinal_state, leave=segments.B)
         after = combine(segments, dfinal_state, leave, q, T, table, reverse=True)
         del segments
     states = torch.empty((table.chunks, HV, V, K), dtype=q.dtype, device=device)
     written = torch.empty((table.chunks, HV, V, CHUNK), dtype=q.dtype, device=device)
     dstates = torch.empty_like(states)
-    X = place(dv, v) if on_hopper else torch.empty_like(written)
-    run(
+    X = torch.empty_like(written)
+    scan_both_ways(
         x, do, k, v, table, before=before, after=after, leave=leave, states=states, written=written, dstates=dstates,
         X=X,
     )  # fmt: skip
     # The inverse and P have been used: their memory takes dA and dP; that of T and grown_q is free for what follows.
-    dP, dA = x.P, None if on_hopper else x.inverse
+    dP, dA = x.P, x.inverse
     x = x._replace(T=None, grown_q=None, P=None, inverse=None)
-    if on_hopper:
-        dq, dk = place(dq, q), place(dk, k)
-        dg, dbeta = (torch.empty((B, T, HV), dtype=like.dtype, device=device) for like in (g, beta))
-        gradients(x, do, q, k, v, states, dstates, written, dq, dk, X, dg, dbeta, scale)
-        return dq, dk, X, dg, dbeta
     dq, dk, dv = place(dq, q), place(dk, k), place(dv, v)
     dbeta_of_value = torch.empty((B, T, HV), dtype=torch.float32, device=device)
     configuration = key_gradient_configuration(q, K, V)
