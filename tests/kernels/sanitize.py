@@ -12,8 +12,10 @@ is right.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CHUNKED = {
     "cut": ((1, 1541, 1, 2, 128, 128, BF16), None),
     "by parts": ((1, 6150, 1, 24, 128, 128, BF16), None),  # forward, on a Hopper GPU
+    "backward by parts": ((1, 450, 4, 12, 128, 128, BF16), None),
+    "sparing": ((1, 450, 8, 24, 128, 128, BF16), None),
     "whole": ((2, 131, 1, 2, 64, 96, BF16), None),
     "many heads": ((2, 70, 1, 70, 128, 128, BF16), None),
     "odd heads": ((2, 131, 1, 2, 96, 200, BF16), None),
@@ -53,8 +57,24 @@ def with_gradients(function: Callable, x: dict[str, Tensor | None], **options) -
     return results + list(torch.autograd.grad(sum(r.float().square().sum() for r in results), wanted))
 
 
-def chunked(rule: Callable, shape: tuple, bounds: list[int] | None, device: str) -> list[Tensor]:
-    return with_gradients(rule, make_inputs_of(rule, *shape, device, initial_state=True, cu_seqlens=bounds))
+# What makes small calls on a Hopper GPU go the ways of large ones.
+CUT_SHORT = {"backward by parts": {"SHORTEST_STEPS": 1}, "sparing": {"SHORTEST_STEPS": 1, "LEAST_TO_SPARE": 0}}
+
+
+@contextmanager
+def cut_short(**limits: int) -> Iterator[None]:
+    if not limits:
+        yield
+        return
+    from gdn_ops.kernels import hopper  # which needs Triton
+
+    with patch.multiple(hopper, **limits):
+        yield
+
+
+def chunked(rule: Callable, shape: tuple, bounds: list[int] | None, limits: dict, device: str) -> list[Tensor]:
+    with cut_short(**limits):
+        return with_gradients(rule, make_inputs_of(rule, *shape, device, initial_state=True, cu_seqlens=bounds))
 
 
 def recurrent(shape: tuple, bounds: list[int] | None, device: str) -> list[Tensor]:
@@ -93,8 +113,10 @@ def jobs() -> dict[str, Callable[[str], list[Tensor]]]:
     """What there is to run, by name; each takes the device."""
     found: dict[str, Callable[[str], list[Tensor]]] = {"pools": pools, "drafts": drafts}
     for name, (shape, bounds) in CHUNKED.items():
-        found[name] = partial(chunked, gdn_ops.chunk_gated_delta_rule, shape, bounds)
-        found[f"linear {name}"] = partial(chunked, gdn_ops.chunk_gated_linear_attention, shape, bounds)
+        limits = CUT_SHORT.get(name, {})
+        found[name] = partial(chunked, gdn_ops.chunk_gated_delta_rule, shape, bounds, limits)
+        if not limits:
+            found[f"linear {name}"] = partial(chunked, gdn_ops.chunk_gated_linear_attention, shape, bounds, limits)
     for name, (shape, bounds) in RECURRENT.items():
         found[name] = partial(recurrent, shape, bounds)
     for width in (2, 4):

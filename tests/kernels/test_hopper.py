@@ -52,6 +52,10 @@ pytestmark = pytest.mark.skipif(not hopper.has_gluon(), reason="of Triton, 3.6 a
 gpu = pytest.mark.gpu
 
 
+SQUARES = ("t_since", "t_each", "i_since", "i_each")
+SLOTS = (*SQUARES, "slots", "shift", "later_slots", "later_since")
+
+
 def descriptor(block: list[int], element: str) -> str:
     layout = gl.NVMMASharedLayout(128 if block[-2] > 1 else 0, 16 if element != "fp32" else 32, rank=len(block))
     return f"tensordesc<{element}{block},{layout!r}>"
@@ -82,7 +86,7 @@ def tiles_of(element: str) -> dict[str, str]:
         **dict.fromkeys(("from_start", "to_end", "erasing", "beta"), descriptor(row, "fp32")),
         **dict.fromkeys(("states", "dstates"), descriptor([1, tiles.BV, tiles.BK], element)),
         **dict.fromkeys(("scale", "score_scale"), "fp32"),
-        **dict.fromkeys(("T", "SEGMENT", "since", "until", "items", "programs", *tiles.Chunks._fields), "i32"),
+        **dict.fromkeys(("T", "SEGMENT", "since", "until", "items", "programs", *tiles.Chunks._fields, *SLOTS), "i32"),
     }
 
 
@@ -156,7 +160,8 @@ def test_both_scans_compile_and_fit(tmp_path, element, K, V, state, programs, wh
 
 @pytest.mark.parametrize("element", ["bf16", "fp16"])
 @pytest.mark.parametrize("HV, V", [(4, 128), (2, 256), (4, 256), (6, 384)])
-def test_the_gradients_compile_and_fit(tmp_path, element, HV, V):
+@pytest.mark.parametrize("later", [True, False], ids=["later", "all at once"])
+def test_the_gradients_compile_and_fit(tmp_path, element, HV, V, later):
     wide = descriptor([1, 1, CHUNK, 128], element)
     types = tiles_of(element) | dict.fromkeys(("v", "do", "dv", "X"), wide) | dict.fromkeys(("dg", "dbeta"), "*fp32")
     module = gradients_module
@@ -165,6 +170,10 @@ def test_the_gradients_compile_and_fit(tmp_path, element, HV, V):
         constants["written"] = None
     else:
         types["written"] = wide
+    of_later = dict.fromkeys(("later_states", "later_dstates"))
+    types, constants = (
+        (types | dict.fromkeys(of_later, types["states"]), constants) if later else (types, constants | of_later)
+    )
     check_built(built(tmp_path, module.hopper_gradient_kernel, types, constants, module.REGISTERS), 1024)
 
 
@@ -177,7 +186,7 @@ def test_the_inverse_compiles_and_seven_fit(tmp_path, element, backward):
         **vectors,
         **dict.fromkeys(("scaled", "inverse"), f"*{element}"),
         **dict.fromkeys(("T", "stride_g_b", "stride_g_h", "stride_beta_b", "stride_beta_h"), "i32"),
-        **dict.fromkeys(tiles.Chunks._fields, "i32"),
+        **dict.fromkeys((*tiles.Chunks._fields, *SQUARES), "i32"),
     }
     constants = {"H": 2, "HV": 4, "SCALE": 1.0 if backward else STRETCH, "stride_g_t": 4, "stride_beta_t": 8}
     constants["EARLY"] = not backward
@@ -500,6 +509,32 @@ def test_parts_of_the_backward_give_the_same_bits(monkeypatch, B, T, H, HV, K, V
     assert len(hopper.steps_of_parts(x["q"], x["v"])) > 3
     for parts in [run() for _ in range(10)]:
         assert all(map(torch.equal, whole, parts))
+
+
+@gpu
+@on_hopper
+@pytest.mark.parametrize(
+    "B, T, H, HV, K, V", [(1, 2048, 16, 32, 128, 128), (3, 64 * 31, 4, 8, 128, 256), (2, 1500, 8, 24, 96, 128)]
+)
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_sparing_states_gives_the_same_bits_in_less_memory(monkeypatch, B, T, H, HV, K, V, state):
+    x = make_inputs(B, T, H, HV, K, V, torch.bfloat16, "cuda", initial_state=state)
+    do, ds = cotangents(x)
+
+    def run(least: int) -> tuple[tuple[torch.Tensor, ...], int]:
+        """Gradients, and the most memory on the way there."""
+        monkeypatch.setattr(hopper, "LEAST_TO_SPARE", least)
+        monkeypatch.setattr(hopper, "SHORTEST_STEPS", 1)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        grads = chunk_backward(do, ds if state else None, *arguments_of(x), scale_of(x))
+        return grads, torch.cuda.max_memory_allocated() - before
+
+    whole, peak = run(1 << 60)
+    for parts, less in [run(0) for _ in range(5)]:
+        assert all(map(torch.equal, whole, parts))
+        assert less < peak - B * (T // CHUNK) * HV * V * K * 2 * 2 // 3
 
 
 @gpu

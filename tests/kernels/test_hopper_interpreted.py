@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from gdn_ops.kernels import hopper
-from gdn_ops.kernels.hopper import both_ways
+from gdn_ops.kernels.hopper import both_ways, tiles
 from gdn_ops.kernels.hopper import invert as invert_module
 from gdn_ops.kernels.hopper.maps import maps as hopper_maps
 from gdn_ops.kernels.hopper.narrow_scan import narrow_scan
@@ -191,6 +191,35 @@ def test_parts_of_the_backward_give_the_same_bits(monkeypatch, B, T, H, HV, K, V
     assert all(map(torch.equal, *got))
 
 
+@pytest.mark.parametrize(
+    "B, T, H, HV, K, V, parts",
+    [
+        (1, 450, 1, 2, 128, 128, 2),
+        (2, 64 * 7 - 3, 2, 2, 128, 128, 4),
+        (1, 300, 1, 3, 96, 128, 1),
+        (1, 64 * 6, 1, 1, 128, 384, 3),
+        (1, 70, 1, 1, 128, 128, 4),
+    ],
+)
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_sparing_states_gives_the_same_bits(monkeypatch, B, T, H, HV, K, V, parts, state):
+    x = make_inputs(B, T, H, HV, K, V, BF16, initial_state=state)
+    do, ds = cotangents(x)
+    got = []
+    for least in (1 << 60, 0):
+        monkeypatch.setattr(hopper, "LEAST_TO_SPARE", least)
+        monkeypatch.setattr(hopper, "PARTS_TO_SPARE", parts)
+        monkeypatch.setattr(hopper, "SHORTEST_STEPS", 0)
+        with interpreted() as kernels:
+            got.append(chunk_backward(do, ds if state else None, *arguments_of(x), scale_of(x)))
+    chunks = -(-T // CHUNK)
+    rest = chunks - chunks // 2
+    later = -(-rest // -(-rest // parts))
+    starts = [kernels[f"hopper_{name}_kernel"].started for name in ("invert", "both_ways", "gradient")]
+    assert starts == [2 + chunks % 2, 1 + later, later]
+    assert all(map(torch.equal, *got))
+
+
 @pytest.mark.parametrize("enters", [True, False])
 def test_reverse_maps(enters):
     """The gradient of the state before every segment but the first; the last one's comes from the final state's."""
@@ -200,8 +229,9 @@ def test_reverse_maps(enters):
     leave = torch.full((table.segments, 2, 128, 128), float("nan"))
     with interpreted():
         chunk = invert_module.invert(x["k"], x["g"], x["beta"], table, backward=True)
-        back = partial(both_ways.reverse_maps, q=x["q"], scale=scale_of(x))
-        back(chunk, do, x["k"], table, enter=ds if enters else None, leave=leave)
+        inverse = tiles.Squares(chunk.inverse, 0, 5)
+        back = partial(both_ways.reverse_maps, chunk, inverse, do, x["q"], x["k"], table, scale_of(x))
+        back(enter=ds if enters else None, leave=leave)
     for i in (1, 2):
         part = {n: x[n][:, i * cut : (i + 1) * cut] for n in ("q", "k", "v", "g", "beta")}
         part |= {"initial_state": x["initial_state"], "cu_seqlens": None}

@@ -27,9 +27,12 @@ WIDEST_SEEN = 512
 NARROW = 64
 # Chunks of the shortest part of a sequence whose scan and inverse overlap: a part costs the start of a kernel.
 SHORTEST_PART = 32
-# The same of the backward's scans, whose steps take longer, and most parts of a half of their way. Where one program has
-# so many multiprocessors or more, segments are faster: with 8 heads of 128 columns, not with 16.
+# The same of the backward's scans, whose steps take longer, and most parts of a half of their way. Where one program
+# has so many multiprocessors or more, segments are faster: with 8 heads of 128 columns, not with 16.
 SHORTEST_STEPS, MOST_PARTS, FEWEST_PROGRAMS = 16, 3, 3
+# Bytes of S and dS of a call from which on these are spared, and parts of the second half of the way, of the shortest
+# length or longer, that take turns in the same memory. Each part is two kernels more to start.
+LEAST_TO_SPARE, PARTS_TO_SPARE = 1 << 28, 4
 # Tokens times heads from which on a call is left whole: the GPU then takes some .1 ms forward and .3 ms backward. To
 # start a backward's kernels a host took .8 to 1.2 ms, which the rest of a layer has to hide. An estimate.
 TOKENS_TO_PAY = 1 << 16
@@ -142,3 +145,10 @@ def steps_of_parts(q: Tensor, v: Tensor) -> list[int]:
         return [chunks]
     before, after = (_doubling(half, SHORTEST_STEPS, MOST_PARTS) for half in (chunks // 2, chunks - chunks // 2))
     return [*before[:-1], before[-1] + after[0], *after[1:]]
+
+
+def spares_states(k: Tensor, v: Tensor) -> bool:
+    B, T, HV, V = v.shape
+    chunks = triton.cdiv(T, CHUNK)
+    states = 2 * B * chunks * HV * V * k.shape[3] * k.element_size()
+    return states >= LEAST_TO_SPARE and chunks >= 2 * PARTS_TO_SPARE * SHORTEST_STEPS

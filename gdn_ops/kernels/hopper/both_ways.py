@@ -35,6 +35,7 @@ from gdn_ops.kernels.hopper.tiles import (
     LEFT_K,
     OF_C,
     OF_K,
+    Squares,
     decays,
     heads,
     in_keys,
@@ -56,7 +57,9 @@ REGISTERS, REGISTERS_TO_HELP, REGISTERS_TO_LOAD = 168, 240, 24
 
 
 @gluon.jit
-def _load_forth(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr, PARTS: gl.constexpr):
+def _load_forth(
+    tensors, tiles, full, empty, b, begin, h, v0, row, square, chunks, HV: gl.constexpr, PARTS: gl.constexpr
+):
     _, k, v, _, transition, _, _, from_start, to_end, _ = tensors
     _, k_s, v_s, t_s, _, g_s, d_s, _ = tiles
     C: gl.constexpr = k.block_type.shape[2]
@@ -69,28 +72,31 @@ def _load_forth(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks,
         + from_start.block_type.nbytes
         + to_end.block_type.nbytes
     )
+    hv = row % HV
     stage = 0
     phase = 1
-    row = chunk * HV + hv
     token = begin
     for _ in range(chunks):
         mbarrier.wait(empty.index(stage), phase)
         ready = full.index(stage)
         mbarrier.expect(ready, BYTES)
         tma.async_copy_global_to_shared(k, [b, h, token, 0], ready, k_s.index(stage))
-        tma.async_copy_global_to_shared(transition, [row * C, 0], ready, t_s.index(stage))
+        tma.async_copy_global_to_shared(transition, [square * C, 0], ready, t_s.index(stage))
         for part in gl.static_range(PARTS):
             at = v_s.index(PARTS * stage + part)
             tma.async_copy_global_to_shared(v, [b, hv, token, v0 + part * BV], ready, at)
         tma.async_copy_global_to_shared(from_start, [row, 0], ready, g_s.index(stage))
         tma.async_copy_global_to_shared(to_end, [row, 0], ready, d_s.index(stage))
         row += HV
+        square += HV
         token += C
         stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
-def _load_back(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr, PARTS: gl.constexpr):
+def _load_back(
+    tensors, tiles, full, empty, b, begin, h, v0, row, square, chunks, HV: gl.constexpr, PARTS: gl.constexpr
+):
     q, k, _, do, _, inverse, sums, from_start, to_end, erasing = tensors
     q_s, k_s, v_s, t_s, c_s, g_s, d_s, e_s = tiles
     C: gl.constexpr = k.block_type.shape[2]
@@ -106,9 +112,11 @@ def _load_back(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, 
         + to_end.block_type.nbytes
         + erasing.block_type.nbytes
     )
+    hv = row % HV
     stage = 0
     phase = 1
-    row = (chunk + chunks - 1) * HV + hv
+    row += (chunks - 1) * HV
+    square += (chunks - 1) * HV
     token = begin + (chunks - 1) * C
     for _ in range(chunks):
         mbarrier.wait(empty.index(stage), phase)
@@ -121,22 +129,23 @@ def _load_back(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, 
             at = v_s.index(PARTS * stage + part)
             tma.async_copy_global_to_shared(do, [b, hv, token, v0 + part * BV], ready, at)
         tma.async_copy_global_to_shared(to_end, [row, 0], ready, d_s.index(stage))
-        tma.async_copy_global_to_shared(inverse, [row * C, 0], ready, t_s.index(stage))
+        tma.async_copy_global_to_shared(inverse, [square * C, 0], ready, t_s.index(stage))
         tma.async_copy_global_to_shared(erasing, [row, 0], ready, e_s.index(stage))
         tma.async_copy_global_to_shared(from_start, [row, 0], ready, g_s.index(stage))
         row -= HV
+        square -= HV
         token -= C
         stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
 def _load(
-    tensors, tiles, full, empty, forth, b, begin, h, hv, v0, chunk, chunks, HV: gl.constexpr, PARTS: gl.constexpr
+    tensors, tiles, full, empty, forth, b, begin, h, v0, row, square, chunks, HV: gl.constexpr, PARTS: gl.constexpr
 ):  # fmt: skip
     if forth:
-        _load_forth(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV, PARTS)
+        _load_forth(tensors, tiles, full, empty, b, begin, h, v0, row, square, chunks, HV, PARTS)
     else:
-        _load_back(tensors, tiles, full, empty, b, begin, h, hv, v0, chunk, chunks, HV, PARTS)
+        _load_back(tensors, tiles, full, empty, b, begin, h, v0, row, square, chunks, HV, PARTS)
 
 
 @gluon.jit
@@ -174,7 +183,7 @@ def _forth(
     MEMBERS: gl.constexpr = HV // H * (V // SIZE)
     states, written, dq, dk, _, _ = outs
     before, _, _, reached = states_in
-    b, token, hv, v0, segment, row, _, _, _, chunks = place
+    b, token, hv, v0, segment, slot, _, _, _, chunks = place
     _, k_s, v_s, t_s, _, g_s, d_s, _ = tiles
     STAGES: gl.constexpr = k_s.shape[0]
     C: gl.constexpr = k_s.shape[3]
@@ -204,7 +213,7 @@ def _forth(
         tma.store_wait(0)
         s_tile.reshape([BV, BK]).store(low_vk)
         fence_async_shared()
-        tma.async_copy_shared_to_global(states, [row, v0, 0], s_tile)
+        tma.async_copy_shared_to_global(states, [slot, v0, 0], s_tile)
         grown_c = g_s.index(stage).reshape([C]).load(ALONG_C)
         decay_c = d_s.index(stage).reshape([C]).load(ALONG_C)
         stored_vc, w_vc = warpgroup_mma_wait(0, deps=(stored_vc, w_vc))
@@ -234,7 +243,7 @@ def _forth(
                 tma.async_copy_shared_to_global(dk, [b, h, token, v0 % SIZE], n_tile)
         low_vk = S_vk.to(dtype)
         S_vk = S_vk * whole
-        row += HV
+        slot += HV
         token += C
         stage = ahead
         phase = phase_ahead
@@ -268,7 +277,7 @@ def _back(
     _, _, _, _, dstates, X = outs
     _, after, leave, _ = states_in
     scale, score_scale = scales
-    b, first_token, hv, v0, segment, row, n, first, last, chunks = place
+    b, first_token, hv, v0, segment, slot, n, first, last, chunks = place
     q_s, k_s, v_s, t_s, c_s, g_s, d_s, e_s = tiles
     STAGES: gl.constexpr = k_s.shape[0]
     C: gl.constexpr = k_s.shape[3]
@@ -296,7 +305,6 @@ def _back(
         keep_scores(scores(qk_cj, D_cj, part, dtype), p_s.index(0), part)
         mbarrier.arrive(scored.index(0), count=1)
     token = first_token + (chunks - 1) * C
-    row += (chunks - 1) * HV
     stage = 0
     phase = 0
     for i in range(chunks):
@@ -310,7 +318,7 @@ def _back(
             tma.store_wait(0)
             s_tile.reshape([BV, BK]).store(low_vk)
             fence_async_shared()
-            tma.async_copy_shared_to_global(dstates, [row, v0, 0], s_tile)
+            tma.async_copy_shared_to_global(dstates, [slot, v0, 0], s_tile)
         more = i + 1 < chunks
         ahead, phase_ahead = next_stage(stage, phase, STAGES)
         grown_c = g_s.index(stage).reshape([C]).load(along_left) * scale
@@ -345,7 +353,7 @@ def _back(
             mbarrier.arrive(scored.index((i + 1) & 1), count=1)
         low_vk = S_vk.to(dtype)
         S_vk = S_vk * whole
-        row -= HV
+        slot += HV
         token -= C
         stage = ahead
         phase = phase_ahead
@@ -415,7 +423,9 @@ def _score(scales, tiles, p_s, full, empty, scored, used, forth, chunks):
         stage, phase = next_stage(stage, phase, STAGES)
 
 
-@gluon.jit(do_not_specialize=["since", "until"])
+@gluon.jit(
+    do_not_specialize=["since", "until", "t_since", "t_each", "i_since", "i_each", "slots", "shift"],
+)
 def hopper_both_ways_kernel(
     q,
     k,
@@ -443,6 +453,12 @@ def hopper_both_ways_kernel(
     SEGMENT,
     since,
     until,
+    t_since,
+    t_each,
+    i_since,
+    i_each,
+    slots,
+    shift,
     H: gl.constexpr,
     HV: gl.constexpr,
     K: gl.constexpr,
@@ -458,8 +474,10 @@ def hopper_both_ways_kernel(
     """``before``, ``after`` and ``reached``, the state after, are of each segment, ``leave`` of each sequence, the four
     may be None. V' of the first ``IN_KEYS`` members of a key head goes to dq and dk, that of the others to ``written``.
     Either way takes its steps from ``since`` to ``until``. With ``MAP`` there is the way back alone, over all segments
-    but first ones: ``after`` is of each sequence, ``leave`` of each segment, nothing else is written. ``EARLY``: as
-    that of the inverse."""
+    but first ones: ``after`` is of each sequence, ``leave`` of each segment, nothing else is written.
+
+    T and the inverse are ``tiles.Squares``. What a step leaves in states and dstates, ``slots`` a sequence of either,
+    has the number of the step plus ``shift``: dS after the last chunk is first. ``EARLY``: as that of the inverse."""
     gdc_launch_dependents()
     C: gl.constexpr = k.block_type.shape[2]
     BV: gl.constexpr = do.block_type.shape[3]
@@ -487,7 +505,13 @@ def hopper_both_ways_kernel(
     else:
         first += chunks - since - steps
     chunks = steps
-    chunk = b * NT + first
+    row = (b * NT + first) * HV + hv
+    if forth:
+        square = (b * t_each + first - t_since) * HV + hv
+        slot = (b * slots + first + shift) * HV + hv
+    else:
+        square = (b * i_each + first - i_since) * HV + hv
+        slot = (b * slots + NT - first - chunks + shift) * HV + hv
 
     dtype: gl.constexpr = k.dtype
     q_s = gl.allocate_shared_memory(dtype, [STAGES] + q.block_type.shape, q.layout)
@@ -525,7 +549,7 @@ def hopper_both_ways_kernel(
     outs = (states, written, dq, dk, dstates, X)
     states_in = (before, after, leave, reached)
     scales = (scale, score_scale)
-    place = (b, first * C, hv, v0, segment, chunk * HV + hv, b, part == 0, part == parts - 1, chunks)
+    place = (b, first * C, hv, v0, segment, slot, b, part == 0, part == parts - 1, chunks)
     h = hv // (HV // H)
     if not EARLY:
         gdc_wait()
@@ -538,7 +562,7 @@ def hopper_both_ways_kernel(
                      V, H, PARTS, MAP, IN_KEYS, 0),
                 ),
                 (_score, (scales, tiles, p_s, full, empty, scored, used, forth, chunks)),
-                (_load, (tensors, tiles, full, empty, forth, b, first * C, h, hv, v0, chunk, chunks, HV, PARTS)),
+                (_load, (tensors, tiles, full, empty, forth, b, first * C, h, v0, row, square, chunks, HV, PARTS)),
             ],
             [4, 1],
             [TO_HELP, TO_LOAD],
@@ -556,7 +580,7 @@ def hopper_both_ways_kernel(
                     (outs, states_in, scales, forth, place, tiles, p_s, s_out, n_out, full, empty, scored, used, HV, K,
                      V, H, PARTS, MAP, IN_KEYS, 1),
                 ),
-                (_load, (tensors, tiles, full, empty, forth, b, first * C, h, hv, v0, chunk, chunks, HV, PARTS)),
+                (_load, (tensors, tiles, full, empty, forth, b, first * C, h, v0, row, square, chunks, HV, PARTS)),
             ],
             [4, 1],
             [TO_HELP, TO_LOAD],
@@ -567,8 +591,9 @@ def hopper_both_ways_kernel(
 
 
 def _prepared(
-    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, table: ChunkTable, scale: float, programs: int, **tensors
-) -> Callable[..., None]:
+    x: IntraChunk, inverse: Squares, do: Tensor, q: Tensor, k: Tensor, table: ChunkTable, scale: float, programs: int,
+    **arguments,
+) -> Callable[..., None]:  # fmt: skip
     """Starts the kernel with ``programs`` pieces of 64 columns of values, two of them in a program where they are too
     many for one each."""
     T, H, K = k.shape[1:]
@@ -576,35 +601,40 @@ def _prepared(
     parts = 1 if programs * HV * triton.cdiv(V, BV) <= chip_of(k).multiprocessors else 2
     return partial(
         hopper_both_ways_kernel[(programs * HV * triton.cdiv(V, parts * BV),)],
-        heads(q, BK), heads(k, BK), do=heads(do, BV), inverse=rows_of(x.inverse, CHUNK), sums=rows_of(x.c_sum, 1),
+        heads(q, BK), heads(k, BK), do=heads(do, BV), inverse=rows_of(inverse.x, CHUNK), sums=rows_of(x.c_sum, 1),
         from_start=rows_of(x.from_start, 1), to_end=rows_of(x.to_end, 1), erasing=rows_of(x.erasing, 1), scale=scale,
-        score_scale=math.log2(scale), T=T, SEGMENT=table.segment or triton.cdiv(T, CHUNK), H=H, HV=HV, K=K, V=V,
-        PARTS=parts, STAGES=3 if parts == 1 else 2, TO_HELP=REGISTERS_TO_HELP, TO_LOAD=REGISTERS_TO_LOAD,
-        num_warps=4, maxnreg=REGISTERS, launch_pdl=True, **tensors,
+        score_scale=math.log2(scale), T=T, SEGMENT=table.segment or triton.cdiv(T, CHUNK), i_since=inverse.since,
+        i_each=inverse.each, H=H, HV=HV, K=K, V=V, PARTS=parts, STAGES=3 if parts == 1 else 2,
+        TO_HELP=REGISTERS_TO_HELP, TO_LOAD=REGISTERS_TO_LOAD, num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
+        **arguments,
     )  # fmt: skip
 
 
 def prepared(
-    x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, v: Tensor, table: ChunkTable, scale: float, *,
-    states: Tensor, written: Tensor | None, dq: Tensor, dk: Tensor, dstates: Tensor, X: Tensor,
+    x: IntraChunk, scaled: Squares, inverse: Squares, do: Tensor, q: Tensor, k: Tensor, v: Tensor, table: ChunkTable,
+    scale: float, *, states: Tensor, written: Tensor | None, dq: Tensor, dk: Tensor, dstates: Tensor, X: Tensor,
 ) -> Callable[..., None]:  # fmt: skip
-    """``X`` is ``[B, T, HV, V]``, ``written`` what ``gradients.room`` gives, ``x`` from ``invert``. What is returned
-    takes the other arguments of the kernel: the states ``before``, ``after``, ``leave`` and ``reached``, the steps
-    ``since`` to ``until``, ``EARLY``."""
+    """``X`` is ``[B, T, HV, V]``, ``written`` what ``gradients.room`` gives, ``x`` and the squares from ``invert``.
+    ``states`` and ``dstates`` have the same number of slots for every sequence. What is returned takes the other
+    arguments of the kernel: the states ``before``, ``after``, ``leave`` and ``reached``, the steps ``since`` to
+    ``until``, how far they are from their slots (``shift``), and ``EARLY``."""
     return _prepared(
-        x, do, q, k, table, scale, 2 * table.segments, v=heads(v, BV), transition=rows_of(x.T, CHUNK),
-        states=matrices(states, BV, BK), written=None if written is None else heads(written, BV), dq=heads(dq, BV),
-        dk=heads(dk, BV), dstates=matrices(dstates, BV, BK), X=heads(X, BV), IN_KEYS=in_keys(k, v), MAP=False,
+        x, inverse, do, q, k, table, scale, 2 * table.segments, v=heads(v, BV), transition=rows_of(scaled.x, CHUNK),
+        t_since=scaled.since, t_each=scaled.each, states=matrices(states, BV, BK),
+        written=None if written is None else heads(written, BV), dq=heads(dq, BV), dk=heads(dk, BV),
+        dstates=matrices(dstates, BV, BK), X=heads(X, BV), slots=states.shape[0] // v.shape[0], IN_KEYS=in_keys(k, v),
+        MAP=False,
     )  # fmt: skip
 
 
 def reverse_maps(
-    x: IntraChunk, do: Tensor, k: Tensor, table: ChunkTable, *, q: Tensor, scale: float, enter: Tensor | None,
-    leave: Tensor,
+    x: IntraChunk, inverse: Squares, do: Tensor, q: Tensor, k: Tensor, table: ChunkTable, scale: float, *,
+    enter: Tensor | None, leave: Tensor,
 ) -> None:  # fmt: skip
     """``dS`` before each segment but first ones, from zero or for last segments from ``enter [N, HV, K, V]``."""
     nothing = ("v", "transition", "states", "written", "dq", "dk", "dstates", "X", "before", "reached")
     run = _prepared(
-        x, do, q, k, table, scale, table.segments - table.sequences, **dict.fromkeys(nothing), IN_KEYS=0, MAP=True
-    )
+        x, inverse, do, q, k, table, scale, table.segments - table.sequences, **dict.fromkeys(nothing), t_since=0,
+        t_each=0, slots=0, shift=0, IN_KEYS=0, MAP=True,
+    )  # fmt: skip
     run(after=enter, leave=leave, since=0, until=table.segment, EARLY=False)

@@ -70,6 +70,7 @@ def _load(
     items,
     programs,
     chunks,
+    slots_of,
     NT,
     H: gl.constexpr,
     HV: gl.constexpr,
@@ -77,7 +78,12 @@ def _load(
     IN_KEYS: gl.constexpr,
 ):
     """Tiles of a member: V', dO, X, v, S, dS (values 0 to 63), S, dS (64 to 127)."""
-    q, k, v, do, states, dstates, written, dq, dk, X, sums, from_start, to_end, beta = tensors
+    q, k, v, do, early, later, places, rows_of_gates = tensors
+    states, dstates = early
+    later_states, later_dstates = later
+    written, dq, dk, X = places
+    sums, from_start, to_end, beta = rows_of_gates
+    slots, later_slots, later_since = slots_of
     c_s, g_s, d_s, b_s = vectors
     C: gl.constexpr = 64
     GROUP: gl.constexpr = HV // H
@@ -96,6 +102,7 @@ def _load(
         b, local = _chunk_at(item // H, chunks)
         h = item % H
         chunk = b * NT + local
+        back = NT - 1 - local
         token = local * C
         turn = number & 1
         mbarrier.wait(qk_empty.index(turn), (number >> 1 & 1) ^ 1)
@@ -106,6 +113,9 @@ def _load(
             hv = h * GROUP + member // NV
             v0 = member % NV * 128
             row = chunk * HV + hv
+            slot = (b * slots + local) * HV + hv
+            dslot = (b * slots + back) * HV + hv
+            later_slot = (b * later_slots - later_since) * HV + hv
             vector = members & 1
             free = (members & 1) ^ 1
             for half in gl.static_range(2):
@@ -114,8 +124,19 @@ def _load(
                 mbarrier.expect(ready, 2 * NBYTES)
                 s_tile = tiles.index(4 + 2 * half)._reinterpret(dtype, [1, 64, 128], three)
                 ds_tile = tiles.index(5 + 2 * half)._reinterpret(dtype, [1, 64, 128], three)
-                tma.async_copy_global_to_shared(states, [row, v0 + half * 64, 0], ready, s_tile)
-                tma.async_copy_global_to_shared(dstates, [row, v0 + half * 64, 0], ready, ds_tile)
+                at = v0 + half * 64
+                if later_states is None:
+                    tma.async_copy_global_to_shared(states, [slot, at, 0], ready, s_tile)
+                    tma.async_copy_global_to_shared(dstates, [dslot, at, 0], ready, ds_tile)
+                else:
+                    if local < slots:
+                        tma.async_copy_global_to_shared(states, [slot, at, 0], ready, s_tile)
+                    else:
+                        tma.async_copy_global_to_shared(later_states, [later_slot + local * HV, at, 0], ready, s_tile)
+                    if back < slots:
+                        tma.async_copy_global_to_shared(dstates, [dslot, at, 0], ready, ds_tile)
+                    else:
+                        tma.async_copy_global_to_shared(later_dstates, [later_slot + back * HV, at, 0], ready, ds_tile)
             ready = full.index(0)
             mbarrier.expect(ready, 3 * NBYTES + VECTORS)
             if IN_KEYS < GROUP * NV:  # noqa: SIM102, decided when it is compiled; so are those below
@@ -352,7 +373,9 @@ def _compute(
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["since", "of_since", "again", "count"])
+@gluon.jit(
+    do_not_specialize=["since", "of_since", "again", "count", "slots", "later_slots", "later_since"],
+)
 def hopper_gradient_kernel(
     q,
     k,
@@ -360,6 +383,8 @@ def hopper_gradient_kernel(
     do,
     states,
     dstates,
+    later_states,
+    later_dstates,
     written,
     X,
     sums,
@@ -380,6 +405,9 @@ def hopper_gradient_kernel(
     of_since,
     again,
     count,
+    slots,
+    later_slots,
+    later_since,
     H: gl.constexpr,
     HV: gl.constexpr,
     V: gl.constexpr,
@@ -389,7 +417,8 @@ def hopper_gradient_kernel(
 ):
     """``X`` and ``dv`` are the same memory, ``[B, T, HV * NV, 128]``: a head of each member. V' of the first
     ``IN_KEYS`` members of a key head is in dq and dk, that of the others in ``written``. Of every row some chunks
-    (``tiles.Chunks``)."""
+    (``tiles.Chunks``). States before their steps from ``slots`` on are in ``later_states`` (None: there are no
+    such), ``later_slots`` a row, from step ``later_since`` on; dS, which goes back, likewise."""
     dtype: gl.constexpr = k.dtype
     two: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -426,7 +455,8 @@ def hopper_gradient_kernel(
     mbarrier.init(exchanged, count=2)
     mbarrier.init(ended_all, count=2)
     fence_async_shared()
-    tensors = (q, k, v, do, states, dstates, written, dq, dk, X, sums, from_start, to_end, beta)
+    rows_of_gates = (sums, from_start, to_end, beta)
+    tensors = (q, k, v, do, (states, dstates), (later_states, later_dstates), (written, dq, dk, X), rows_of_gates)
     outs = (dq, dk, dv)
     squares = (p_s, a_s, ab_s)
     vectors = (c_s, g_s, d_s, b_s)
@@ -448,8 +478,8 @@ def hopper_gradient_kernel(
             ),
             (
                 _load,
-                (tensors, tiles, q_s, k_s, vectors, full, empty, qk_full, qk_empty, items, programs, chunks, NT, H, HV,
-                 NV, IN_KEYS),
+                (tensors, tiles, q_s, k_s, vectors, full, empty, qk_full, qk_empty, items, programs, chunks,
+                 (slots, later_slots, later_since), NT, H, HV, NV, IN_KEYS),
             ),
             (_gates, (dg, dbeta, sums_s, summed, gated, items, programs, chunks, T, H, HV, NV)),
         ],
@@ -468,24 +498,29 @@ def room(k: Tensor, v: Tensor) -> Tensor | None:
 def prepared(
     x: IntraChunk, do: Tensor, q: Tensor, k: Tensor, v: Tensor, states: Tensor, dstates: Tensor,
     written: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, dg: Tensor, dbeta: Tensor, scale: float,
-) -> Callable[[Chunks, int], None]:  # fmt: skip
+    later: tuple[Tensor, Tensor] | None = None,
+) -> Callable[..., None]:  # fmt: skip
     """``dg, dbeta [B, T, HV]`` are contiguous, heads of dq, dk, dv may be some of more; ``dv`` holds X before. What is
-    returned computes the gradients of some chunks, by so many programs at most."""
+    returned computes the gradients of some chunks, by so many programs at most; ``later`` are the states and dS of
+    steps that ``states`` has no slot for, from step ``later_since`` on."""
     B, T, H, _ = q.shape
     HV, V = v.shape[2:]
     of_members = heads(dv.view(B, T, -1, SIZE), SIZE)
+    all_states = [states, dstates, *(later or ())]
     tensors = (
-        heads(q, SIZE), heads(k, SIZE), heads(v, SIZE), heads(do, SIZE), matrices(states, 64, SIZE),
-        matrices(dstates, 64, SIZE), None if written is None else heads(written, SIZE), of_members, rows_of(x.c_sum, 1),
-        rows_of(x.from_start, 1), rows_of(x.to_end, 1), rows_of(x.beta, 1), heads(dq, SIZE), heads(dk, SIZE),
-        of_members, dg, dbeta, scale, math.log2(scale), T,
+        heads(q, SIZE), heads(k, SIZE), heads(v, SIZE), heads(do, SIZE),
+        *(matrices(some, 64, SIZE) for some in all_states), *[None] * (4 - len(all_states)),
+        None if written is None else heads(written, SIZE), of_members, rows_of(x.c_sum, 1), rows_of(x.from_start, 1),
+        rows_of(x.to_end, 1), rows_of(x.beta, 1), heads(dq, SIZE), heads(dk, SIZE), of_members, dg, dbeta, scale,
+        math.log2(scale), T,
     )  # fmt: skip
 
-    def run(chunks: Chunks, most: int) -> None:
+    def run(chunks: Chunks, most: int, later_since: int = 0) -> None:
         items = B * chunks.count * H
         programs = min(items, most)
         hopper_gradient_kernel[(programs,)](
-            *tensors, items, programs, *chunks, H=H, HV=HV, V=V, IN_KEYS=in_keys(k, v), TO_COMPUTE=REGISTERS_TO_COMPUTE,
+            *tensors, items, programs, *chunks, states.shape[0] // B, later[0].shape[0] // B if later else 0,
+            later_since, H=H, HV=HV, V=V, IN_KEYS=in_keys(k, v), TO_COMPUTE=REGISTERS_TO_COMPUTE,
             TO_HELP=REGISTERS_TO_HELP, num_warps=4, maxnreg=REGISTERS, launch_pdl=True,
         )  # fmt: skip
 

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gdn_ops.kernels.hopper.tiles import BK, OF_C, Chunks, add, chunk_of, chunks_between, exp2, heads
+from gdn_ops.kernels.hopper.tiles import BK, OF_C, Chunks, Squares, add, chunk_of, chunks_between, exp2, heads
 from gdn_ops.kernels.triton.chunk_table import CHUNK, ChunkTable
 from gdn_ops.kernels.triton.intra_chunk import ALIKE, LOG2_E, STRETCH, WEAKEST, IntraChunk, strides_of
 
@@ -246,7 +246,9 @@ def _store(out, tile):
     gl.store(out + rows[:, None] * C + columns[None, :], tile.load(by_16))
 
 
-@gluon.jit(do_not_specialize=["since", "of_since", "again", "count"])
+@gluon.jit(
+    do_not_specialize=["since", "of_since", "again", "count", "t_since", "t_each", "i_since", "i_each"],
+)
 def hopper_invert_kernel(
     k,
     g,
@@ -263,6 +265,10 @@ def hopper_invert_kernel(
     of_since,
     again,
     count,
+    t_since,
+    t_each,
+    i_since,
+    i_each,
     stride_g_b,
     stride_g_t: gl.constexpr,
     stride_g_h,
@@ -275,8 +281,8 @@ def hopper_invert_kernel(
     EARLY: gl.constexpr,
 ):
     """Outputs are those of ``invert_kernel``; ``rate``, ``erasing`` and ``inverse`` may be None. Of every sequence
-    some chunks (``tiles.Chunks``). ``EARLY``: it starts before the kernel before it is over, and is not over before
-    that one is, so that what comes next need not know."""
+    some chunks (``tiles.Chunks``); T and the inverse are ``tiles.Squares``. ``EARLY``: it starts before the kernel
+    before it is over, and is not over before that one is, so that what comes next need not know."""
     C: gl.constexpr = k.block_type.shape[2]
     BK: gl.constexpr = k.block_type.shape[3]
     of: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
@@ -444,9 +450,9 @@ def hopper_invert_kernel(
     x3 = gl.where(upper, 0.0, own)
     x = _square(x0, x1, x2, x3)
     of_rate: gl.constexpr = gl.SliceLayout(0, x.type.layout)
-    scaled += here * C
+    scaled += ((b * t_each + chunk - t_since) * HV + hv).to(gl.int64) * (C * C)
     if inverse is not None:
-        inverse += here * C
+        inverse += ((b * i_each + chunk - i_since) * HV + hv).to(gl.int64) * (C * C)
     dtype: gl.constexpr = k.dtype
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     if gl.max((gl.abs(alike_s.load(every_warp)) > ALIKE).to(gl.int32), 0) == 0:
@@ -476,35 +482,40 @@ def hopper_invert_kernel(
 def inverse_by_parts(
     k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False
 ) -> tuple[IntraChunk, Callable[..., None]]:
-    """Room for what :func:`invert` gives, and what fills some chunks of every sequence.
-    ``early``: while the kernel that was started last, of which it reads nothing, still runs, if that one lets it."""
+    """Room for what :func:`invert` gives but T and the inverse, and what fills some chunks of every sequence, of those
+    two (``backward``: the inverse, too) as well. ``early``: while the kernel that was started last, of which it reads
+    nothing, still runs, if that one lets it."""
     T, H = k.shape[1:3]
     HV = g.shape[2]
 
-    def buffer(*shape, dtype=torch.float32):
-        return torch.empty((table.chunks, HV, *shape), dtype=dtype, device=k.device)
+    def vector(width: int = CHUNK) -> Tensor:
+        return torch.empty((table.chunks, HV, width), dtype=torch.float32, device=k.device)
 
-    def vector():
-        return buffer(CHUNK)
+    rate, erasing = (vector(), vector()) if backward else (None, None)
+    x = IntraChunk(vector(2 * CHUNK), vector(), vector(), None, None, rate, erasing, None, None)
+    tensors = (heads(k, BK), g, beta, x.c_sum, x.from_start, x.to_end, rate, erasing)
 
-    def square():
-        return buffer(CHUNK, CHUNK, dtype=k.dtype)
-
-    rate, erasing, inverse = (vector(), vector(), square()) if backward else (None,) * 3
-    x = IntraChunk(buffer(2 * CHUNK), vector(), vector(), square(), None, rate, erasing, inverse, None)
-    tensors = (heads(k, BK), g, beta, x.c_sum, x.from_start, x.to_end, rate, erasing, x.T, inverse)
-
-    def run(chunks: Chunks, early: bool = False) -> None:
+    def run(chunks: Chunks, scaled: Squares, inverse: Squares | None = None, early: bool = False) -> None:
+        inverse = inverse or Squares(None, 0, 0)
         hopper_invert_kernel[(k.shape[0] * chunks.count * HV,)](
-            *tensors, T, *chunks, **strides_of("g", g), **strides_of("beta", beta), H=H, HV=HV,
-            SCALE=1.0 if backward else STRETCH, EARLY=early, num_warps=4, maxnreg=REGISTERS, launch_pdl=early,
+            *tensors, scaled.x, inverse.x, T, *chunks, *scaled[1:], *inverse[1:], **strides_of("g", g),
+            **strides_of("beta", beta), H=H, HV=HV, SCALE=1.0 if backward else STRETCH, EARLY=early, num_warps=4,
+            maxnreg=REGISTERS, launch_pdl=early,
         )  # fmt: skip
 
     return x, run
 
 
+def squares(k: Tensor, HV: int, since: int, until: int) -> Squares:
+    """Room for those of the chunks ``since`` to ``until``."""
+    each = until - since
+    return Squares(k.new_empty((k.shape[0] * each, HV, CHUNK, CHUNK)), since, each)
+
+
 def invert(k: Tensor, g: Tensor, beta: Tensor, table: ChunkTable, backward: bool = False) -> IntraChunk:
     """What the kernels for Hopper take in place of ``intra_chunk``'s, for calls that ``hopper.serves`` takes."""
     x, run = inverse_by_parts(k, g, beta, table, backward)
-    run(chunks_between(0, table.chunks // k.shape[0]))
-    return x
+    chunks = table.chunks // k.shape[0]
+    scaled, inverse = (squares(k, g.shape[2], 0, chunks) if wanted else None for wanted in (True, backward))
+    run(chunks_between(0, chunks), scaled, inverse)
+    return x._replace(T=scaled.x, inverse=inverse and inverse.x)

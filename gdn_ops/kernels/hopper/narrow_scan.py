@@ -40,7 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gdn_ops.kernels.hopper import NARROW
-from gdn_ops.kernels.hopper.invert import inverse_by_parts
+from gdn_ops.kernels.hopper.invert import inverse_by_parts, squares
 from gdn_ops.kernels.hopper.tiles import (
     ALONG_C,
     BK,
@@ -347,13 +347,14 @@ def narrow_scan_by_parts(
     """The inverse and the scan of whole sequences, whose ``parts`` have so many chunks: the inverse of a part runs on
     the multiprocessors that the scan of the part before it leaves free."""
     x, invert_part = inverse_by_parts(k, g, beta, table)
-    run = _prepared(x, q, k, v, scale, table, o)
+    scaled = squares(k, v.shape[2], 0, sum(parts))
+    run = _prepared(x._replace(T=scaled.x), q, k, v, scale, table, o)
     between = q.new_empty((table.sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
     since = 0
-    invert_part(chunks_between(0, parts[0]))
+    invert_part(chunks_between(0, parts[0]), scaled)
     for part, ahead in zip(parts, [*parts[1:], 0]):
         until = since + part
         run(since, until, initial_state if since == 0 else between, between if ahead else final_state)
         if ahead:
-            invert_part(chunks_between(until, until + ahead), early=True)
+            invert_part(chunks_between(until, until + ahead), scaled, early=True)
         since = until

@@ -157,6 +157,14 @@ def in_keys(k: Tensor, v: Tensor) -> int:
     return min(2, members) if k.shape[3] == BK else 0
 
 
+class Squares(NamedTuple):
+    """Matrices ``[., HV, C, C]`` of the ``each`` chunks from ``since`` on of every sequence."""
+
+    x: Tensor
+    since: int
+    each: int
+
+
 class Chunks(NamedTuple):
     """Which chunks of every sequence a call takes: ``of_since`` from ``since`` on and the others from ``again`` on,
     ``count`` in all."""
