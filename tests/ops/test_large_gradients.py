@@ -7,6 +7,7 @@ import torch
 
 import gdn_ops
 from gdn_ops.kernels.cpu import gated_delta_rule, gated_linear_attention
+from perf.shapes import BACKWARD, FORWARD, Shape, make_inputs
 from tests.oracle import GRADIENTS, assert_all_close, cotangents, make_inputs_of, run_with_gradients
 
 FUNCTIONS = {"delta": gdn_ops.chunk_gated_delta_rule, "linear": gdn_ops.chunk_gated_linear_attention}
@@ -72,6 +73,34 @@ def test_full_size_packed(function, dtype):
     x = make_inputs_of(function, 1, 8192, 4, 8, 128, 128, dtype, "cuda", initial_state=True, cu_seqlens=bounds)
     do, ds = cotangents(x)
     assert_all_close(run_with_gradients(function, x, do, ds), exact(x, do, ds), dtype)
+
+
+def check_at(shape: Shape, gates: float = 1.0, bounds: list[int] | None = None, state: bool = False) -> None:
+    """Values and gradients in bf16 on the benchmarks' inputs, against the plain kernels in fp64, also on CUDA."""
+    made = make_inputs(shape, torch.bfloat16, "cuda")
+    x = {n: getattr(made, n) for n in ("q", "k", "v", "g", "beta")}
+    x["g"] = x["g"] * gates
+    x["cu_seqlens"] = None if bounds is None else torch.tensor(bounds, device="cuda")
+    ds = torch.randn(shape.N if bounds is None else len(bounds) - 1, shape.HV, shape.K, shape.V, device="cuda")
+    x["initial_state"] = torch.randn_like(ds) if state else None
+    wide = {n: t.double() if t is not None and t.is_floating_point() else t for n, t in x.items()}
+    got = run_with_gradients(FUNCTIONS["delta"], x, made.do, ds)
+    want = run_with_gradients(FUNCTIONS["delta"], wide, made.do.double(), ds.double())
+    assert_all_close(got, want, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", dict.fromkeys([*FORWARD, *BACKWARD]), ids=str)
+def test_shapes_of_the_benchmarks(shape):
+    check_at(shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K, V", [(128, 128), (128, 256), (192, 384), (256, 256), (256, 512)])
+@pytest.mark.parametrize("gates", [1e-3, 30.0], ids=["weak gates", "strong gates"])
+@pytest.mark.parametrize("bounds", [None, [0, 1000, 1000, 1063, 4096]], ids=["dense", "packed"])
+def test_widths(K, V, gates, bounds):
+    check_at(Shape(4, 8, 1, 4096, K, V), gates, bounds, state=True)
 
 
 @pytest.mark.gpu

@@ -318,9 +318,15 @@ def recurrent_update_(q, k, v, g, beta, state, state_indices, token_state_indice
     if token_state_indices is not None:
         token_slots = pool_slots(state, token_state_indices, N, "token_state_indices")
         tokens, run = (*tokens, token_slots.masked_fill(padding, -1)), partial(_recurrent_kept, state)
-    initial_state = state[slots.clamp(min=0)].to(compute_dtype(q))
-    o, final = forward(run, tokens, initial_state, cu_seqlens, scale, True)
-    if token_state_indices is None:
-        state[slots[real]] = final[real].to(state.dtype)
+    in_order = state_indices is None and token_state_indices is None
+    # Whole rows: index_select and index_copy_ are faster than indexing.
+    initial_state = state[:N] if in_order else state.index_select(0, slots.clamp(min=0))
+    o, final = forward(run, tokens, initial_state.to(compute_dtype(q)), cu_seqlens, scale, True)
+    if in_order:
+        state[:N].copy_(final)
+    elif token_state_indices is None:
+        if not bool(real.all()):
+            slots, final = slots[real], final[real]
+        state.index_copy_(0, slots, final.to(state.dtype))
     o[padding] = 0
     return o

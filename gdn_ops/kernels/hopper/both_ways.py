@@ -2,8 +2,9 @@
 
 Even programs are the forward scan, which writes the state before each chunk and V', odd ones carry the gradient of the
 state back (``kernels/triton/chunk_backward.py`` has the formulas). What they write leaves by the copy engine. The way
-back makes its scores itself, a chunk ahead, while it waits for products of its chain; ``scale exp(c)`` stands with the
-rows of dO, not of Q. X is left with the tokens first, in the memory of dv, whose tiles take its place.
+back's scores are made by a warpgroup of their own where one computes, and where two do by these, a chunk ahead, while
+they wait for products of their chain; ``scale exp(c)`` stands with the rows of dO, not of Q. X is left with the tokens
+first, in the memory of dv, whose tiles take its place, and V' in that of dq and dk.
 
 Alone, the way back is the reverse map of segments.
 """
