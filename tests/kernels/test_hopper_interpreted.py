@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -218,6 +219,31 @@ def test_sparing_states_gives_the_same_bits(monkeypatch, B, T, H, HV, K, V, part
     starts = [kernels[f"hopper_{name}_kernel"].started for name in ("invert", "both_ways", "gradient")]
     assert starts == [2 + chunks % 2, 1 + later, later]
     assert all(map(torch.equal, *got))
+
+
+def combined(segments, enter, leave, like, T, table, reverse):
+    """``combine`` of one sequence in torch, for Triton's interpreter is not this one."""
+    M, states = segments.M.float().sum(2), torch.zeros_like(segments.B)
+    order = list(range(table.segments))[:: -1 if reverse else 1]
+    if enter is not None:
+        states[order[0]] = enter[0]
+    for i, (here, ahead) in enumerate(pairwise(order)):
+        carried = (M[here].mT if reverse else M[here]) @ states[here] if i else 0
+        states[ahead] = carried + segments.B[here]
+    return states
+
+
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_gradients_in_segments(monkeypatch, state):
+    x = make_inputs(1, 6 * CHUNK - 9, 1, 2, 128, 128, BF16, initial_state=state)
+    do, ds = cotangents(x)
+    monkeypatch.setattr("gdn_ops.kernels.hopper.backward.combine", combined)
+    with interpreted() as kernels, cutting(shortest_segment=2):
+        got = chunk_backward(do, ds, *arguments_of(x), scale_of(x))
+    assert kernels["hopper_map_kernel"].started == 1 and kernels["hopper_both_ways_kernel"].started == 2
+    want = expected(x, scale_of(x), do=do, ds=ds)
+    names = [n for n in GRADIENTS if x[n] is not None]
+    assert_all_close({"d" + n: g for n, g in zip(names, got)}, {"d" + n: want["d" + n] for n in names}, BF16)
 
 
 @pytest.mark.parametrize("enters", [True, False])
