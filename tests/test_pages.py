@@ -33,7 +33,8 @@ def _significant(x: str, digits: int = 3) -> float:
 
 
 @pytest.mark.parametrize(
-    "name, providers", [("gpu", ["gdn_ops"]), ("cpu", ["gdn_ops", "gdn_ops chunk", "transformers"])]
+    "name, providers",
+    [("gpu", ["gdn_ops"]), ("long", ["gdn_ops"]), ("cpu", ["gdn_ops", "gdn_ops chunk", "transformers"])],
 )
 def test_figures_are_the_recorded_ones(name, providers):
     """Every median of ``providers`` in the CSV stands in docs/performance.md."""
