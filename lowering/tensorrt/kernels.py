@@ -34,9 +34,11 @@ import triton.language as tl
 from gdn_ops.lowering.tensorrt.declaration import PLUGINS, cdiv
 from torch import Tensor
 
-from gdn_ops.kernels.triton.causal_conv1d import causal_conv1d_forward_kernel
+from gdn_ops.kernels.triton.causal_conv1d import AHEAD, UNROLL, causal_conv1d_forward_kernel
 from gdn_ops.kernels.triton.intra_chunk import WEAKEST
 from gdn_ops.kernels.triton.recurrent import recurrent_forward_kernel
+
+_AHEAD, _UNROLL = tl.constexpr(AHEAD), tl.constexpr(UNROLL)
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -92,7 +94,7 @@ def conv_plugin_kernel(
     causal_conv1d_forward_kernel(
         x, weight, bias, initial_state, y, final_state, None, T, B,
         T.to(tl.int64) * D, D, 1, W, 1, 1, D * (W - 1), W - 1, 1,
-        D, W, SILU, BT, BD, 6, 4,
+        D, W, SILU, BT, BD, _AHEAD, _UNROLL,
     )  # fmt: skip
 
 

@@ -12,8 +12,7 @@ is right.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from unittest.mock import patch
 
@@ -61,20 +60,15 @@ def with_gradients(function: Callable, x: dict[str, Tensor | None], **options) -
 CUT_SHORT = {"backward by parts": {"SHORTEST_STEPS": 1}, "sparing": {"SHORTEST_STEPS": 1, "LEAST_TO_SPARE": 0}}
 
 
-@contextmanager
-def cut_short(**limits: int) -> Iterator[None]:
-    if not limits:
-        yield
-        return
+def chunked(rule: Callable, shape: tuple, bounds: list[int] | None, device: str) -> list[Tensor]:
+    return with_gradients(rule, make_inputs_of(rule, *shape, device, initial_state=True, cu_seqlens=bounds))
+
+
+def cut_short(limits: dict[str, int], job: Callable[[str], list[Tensor]], device: str) -> list[Tensor]:
     from gdn_ops.kernels import hopper  # which needs Triton
 
     with patch.multiple(hopper, **limits):
-        yield
-
-
-def chunked(rule: Callable, shape: tuple, bounds: list[int] | None, limits: dict, device: str) -> list[Tensor]:
-    with cut_short(**limits):
-        return with_gradients(rule, make_inputs_of(rule, *shape, device, initial_state=True, cu_seqlens=bounds))
+        return job(device)
 
 
 def recurrent(shape: tuple, bounds: list[int] | None, device: str) -> list[Tensor]:
@@ -113,10 +107,11 @@ def jobs() -> dict[str, Callable[[str], list[Tensor]]]:
     """What there is to run, by name; each takes the device."""
     found: dict[str, Callable[[str], list[Tensor]]] = {"pools": pools, "drafts": drafts}
     for name, (shape, bounds) in CHUNKED.items():
-        limits = CUT_SHORT.get(name, {})
-        found[name] = partial(chunked, gdn_ops.chunk_gated_delta_rule, shape, bounds, limits)
-        if not limits:
-            found[f"linear {name}"] = partial(chunked, gdn_ops.chunk_gated_linear_attention, shape, bounds, limits)
+        found[name] = partial(chunked, gdn_ops.chunk_gated_delta_rule, shape, bounds)
+        if name in CUT_SHORT:
+            found[name] = partial(cut_short, CUT_SHORT[name], found[name])
+        else:
+            found[f"linear {name}"] = partial(chunked, gdn_ops.chunk_gated_linear_attention, shape, bounds)
     for name, (shape, bounds) in RECURRENT.items():
         found[name] = partial(recurrent, shape, bounds)
     for width in (2, 4):

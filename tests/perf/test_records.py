@@ -93,7 +93,7 @@ def test_summary_says_what_the_memory_is_of():
 
 
 def test_committed_results_have_todays_columns_and_no_paths():
-    paths = [ROOT / "perf" / "results" / f"{name}.csv" for name in ("cpu", "gpu", "linear", "op")]
+    paths = [ROOT / "perf" / "results" / f"{name}.csv" for name in ("cpu", "gpu", "linear", "long", "op")]
     assert paths[0].exists()
     for path in filter(Path.exists, paths):
         with path.open(newline="") as file:

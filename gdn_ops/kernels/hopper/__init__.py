@@ -109,14 +109,14 @@ def serves_gradients(
     return serves(q, k, v, scale, cu_seqlens, gradients=True) and _is_copied(do)
 
 
-def programs_of(v: Tensor, table: ChunkTable) -> int:
-    """Of the narrow scan."""
-    return table.segments * v.shape[2] * triton.cdiv(v.shape[3], NARROW)
+def programs_of(v: Tensor, pieces: int) -> int:
+    """Of the narrow scan, or one way of the backward's, for so many sequences or segments."""
+    return pieces * v.shape[2] * triton.cdiv(v.shape[3], NARROW)
 
 
 def has_room(q: Tensor, v: Tensor, table: ChunkTable) -> bool:
     """Whether all programs of the narrow scan run at once: then the time of one is what counts, else that of all."""
-    return programs_of(v, table) <= chip_of(q).multiprocessors
+    return programs_of(v, table.segments) <= chip_of(q).multiprocessors
 
 
 def _doubling(chunks: int, shortest: int, most: int) -> list[int]:
@@ -131,7 +131,7 @@ def parts(q: Tensor, v: Tensor, table: ChunkTable) -> list[int]:
     """Chunks of the parts in which the narrow scan takes every sequence: while half of the multiprocessors scan a part,
     the others can do the inverse of the next. One part where they are less than half."""
     chunks = table.chunks // q.shape[0]
-    free = table.segment is None and 2 * programs_of(v, table) <= chip_of(q).multiprocessors
+    free = table.segment is None and 2 * programs_of(v, table.segments) <= chip_of(q).multiprocessors
     return _doubling(chunks, SHORTEST_PART, chunks) if free else [chunks]
 
 
@@ -139,8 +139,7 @@ def steps_of_parts(q: Tensor, v: Tensor) -> list[int]:
     """Steps of the parts in which the backward's scans take whole sequences, one part where segments or the chip's size
     are better. In the first half of its steps the inverse of the next part runs beside a part, in the second the
     gradients of the part before it."""
-    B, T, HV, V = v.shape
-    chunks, programs = triton.cdiv(T, CHUNK), 2 * B * HV * triton.cdiv(V, NARROW)
+    chunks, programs = triton.cdiv(v.shape[1], CHUNK), 2 * programs_of(v, v.shape[0])
     if not FEWEST_PROGRAMS * programs > chip_of(q).multiprocessors >= 2 * programs:
         return [chunks]
     before, after = (_doubling(half, SHORTEST_STEPS, MOST_PARTS) for half in (chunks // 2, chunks - chunks // 2))

@@ -145,7 +145,7 @@ def _beside_each_other(
         )  # fmt: skip
         before, after = forth, back
         if until > met:
-            beside = 0 if last else 2 * hopper.programs_of(call.v, call.table)
+            beside = 0 if last else 2 * hopper.programs_of(call.v, call.table.segments)
             compute(chunks_passed(max(since, met), until, chunks), multiprocessors - beside)
         since = until
 

@@ -116,8 +116,32 @@ def _taps(weight, mask_d, stride_weight_w, W: tl.constexpr):
 
 
 @triton.jit
-def _window(x, state, t, begin, mask_d, stride_x_t, stride_state_w, W: tl.constexpr):
-    """The three inputs before token ``t``, as far as ``W`` reaches."""
+def _sequence_at(b, t, T, N, cu_seqlens):
+    """Of token ``t`` of row ``b`` the sequence, its first token and its end."""
+    if cu_seqlens is None:
+        n = b
+        begin = t * 0
+        end = begin + T
+    else:
+        n = _sequence_of(t, N, cu_seqlens)
+        begin, end = _bounds(n, T, cu_seqlens)
+    return n, begin, end
+
+
+@triton.jit
+def _sequence_on(n, begin, end, t, T, N, cu_seqlens):
+    """The same of token ``t``, which is in sequence ``n`` or one that comes after it."""
+    while (t >= end) & (n + 1 < N):
+        n += 1
+        begin, end = _bounds(n, T, cu_seqlens)
+    return n, begin, end
+
+
+@triton.jit
+def _window(x, state, n, t, begin, mask_d, stride_x_t, stride_state_n, stride_state_w, W: tl.constexpr):
+    """The three inputs of sequence ``n`` before token ``t``, as far as ``W`` reaches."""
+    if state is not None:
+        state += n * stride_state_n
     x1_d = _input(x, state, t - 1, begin, mask_d, stride_x_t, stride_state_w, W)
     x2_d = tl.zeros_like(x1_d)
     x3_d = tl.zeros_like(x1_d)
@@ -195,22 +219,15 @@ def causal_conv1d_forward_kernel(
     stop = tl.minimum(first + BT, T)
     x += b * stride_x_b
     y += b * T * D + d
-    if cu_seqlens is None:
-        n = b
-        begin = first * 0
-        end = begin + T
-    else:
-        n = _sequence_of(first, N, cu_seqlens)
-        begin, end = _bounds(n, T, cu_seqlens)
+    n, begin, end = _sequence_at(b, first, T, N, cu_seqlens)
     bias_d = tl.zeros([BD], dtype=tl.float32)
     if bias is not None:
         bias_d = tl.load(bias + d * stride_bias, mask=mask_d, other=0.0).to(tl.float32)
     w0_d, w1_d, w2_d, w3_d = _taps(weight, mask_d, stride_weight_w, W)
-    here = state
-    if state is not None:
-        here = state + n * stride_initial_n
     known = mask_d & (first >= begin)
-    x1_d, x2_d, x3_d = _window(x, here, first, begin, known, stride_x_t, stride_initial_w, W)
+    x1_d, x2_d, x3_d = _window(
+        x, state, n, first, begin, known, stride_x_t, stride_initial_n, stride_initial_w, W
+    )  # fmt: skip
     coming = ()
     for i in tl.static_range(AHEAD):
         coming = coming + (_coming(x, first + i, stop, mask_d, stride_x_t),)
@@ -219,13 +236,11 @@ def causal_conv1d_forward_kernel(
         x0_d = coming[0].to(tl.float32)
         coming = coming[1:] + (_coming(x, t + AHEAD, stop, mask_d, stride_x_t),)
         if cu_seqlens is not None:
-            while (t >= end) & (n + 1 < N):
-                n += 1
-                begin, end = _bounds(n, T, cu_seqlens)
+            n, begin, end = _sequence_on(n, begin, end, t, T, N, cu_seqlens)
             if t == begin:
-                if state is not None:
-                    here = state + n * stride_initial_n
-                x1_d, x2_d, x3_d = _window(x, here, t, begin, mask_d, stride_x_t, stride_initial_w, W)
+                x1_d, x2_d, x3_d = _window(
+                    x, state, n, t, begin, mask_d, stride_x_t, stride_initial_n, stride_initial_w, W
+                )
         z_d = bias_d + x0_d * w0_d + x1_d * w1_d
         if W > 2:
             z_d += x2_d * w2_d
@@ -383,23 +398,16 @@ def causal_conv1d_backward_kernel(
     dy += b * stride_dy_b
     x += b * stride_x_b
     dx += b * T * D + d
-    if cu_seqlens is None:
-        n = b
-        begin = first * 0
-        end = begin + T
-    else:
-        n = _sequence_of(first, N, cu_seqlens)
-        begin, end = _bounds(n, T, cu_seqlens)
+    n, begin, end = _sequence_at(b, first, T, N, cu_seqlens)
 
     w0_d, w1_d, w2_d, w3_d = _taps(weight, mask_d, stride_weight_w, W)
     zeros_d = tl.zeros([BD], dtype=tl.float32)
     dx1_d, dx2_d, dx3_d = zeros_d, zeros_d, zeros_d
     dw0_d, dw1_d, dw2_d, dw3_d, dbias_d = zeros_d, zeros_d, zeros_d, zeros_d, zeros_d
-    here = state
-    if state is not None:
-        here = state + n * stride_initial_n
     known = mask_d & (first >= begin)
-    x1_d, x2_d, x3_d = _window(x, here, first, begin, known, stride_x_t, stride_initial_w, W)
+    x1_d, x2_d, x3_d = _window(
+        x, state, n, first, begin, known, stride_x_t, stride_initial_n, stride_initial_w, W
+    )  # fmt: skip
     coming = ()
     for i in tl.static_range(AHEAD):
         coming = coming + (_pair(x, dy, first + i, stop, mask_d, stride_x_t, stride_dy_t),)
@@ -410,13 +418,11 @@ def causal_conv1d_backward_kernel(
         x0_d = x_d.to(tl.float32)
         dz_d = dy_d.to(tl.float32)
         if cu_seqlens is not None:
-            while (t >= end) & (n + 1 < N):
-                n += 1
-                begin, end = _bounds(n, T, cu_seqlens)
+            n, begin, end = _sequence_on(n, begin, end, t, T, N, cu_seqlens)
             if t == begin:
-                if state is not None:
-                    here = state + n * stride_initial_n
-                x1_d, x2_d, x3_d = _window(x, here, t, begin, mask_d, stride_x_t, stride_initial_w, W)
+                x1_d, x2_d, x3_d = _window(
+                    x, state, n, t, begin, mask_d, stride_x_t, stride_initial_n, stride_initial_w, W
+                )
             # Tokens after the last sequence may hold anything, NaN too.
             inside = (t >= begin) & (t < end)
             dz_d = tl.where(inside, dz_d, 0.0)
