@@ -85,12 +85,13 @@ def convolved(width: int, bounds: list[int] | None, device: str) -> list[Tensor]
 def pools(device: str) -> list[Tensor]:
     indices = torch.tensor([4, -1, 0], dtype=torch.int32, device=device)
     x = make_inputs(3, 1, 2, 4, 64, 48, BF16, device)
-    states = torch.ones(5, 4, 64, 48, device=device)
-    o = gdn_ops.recurrent_gated_delta_rule_(*(x[n] for n in ("q", "k", "v", "g", "beta")), states, indices)
+    states, small = (torch.ones(5, 4, 64, 48, dtype=dtype, device=device) for dtype in (torch.float32, BF16))
+    tokens = [x[n] for n in ("q", "k", "v", "g", "beta")]
+    o, o_small = (gdn_ops.recurrent_gated_delta_rule_(*tokens, pool, indices) for pool in (states, small))
     conv = make_conv_inputs(3, 1, 40, 4, BF16, device)
     windows = torch.ones(5, 40, 3, dtype=BF16, device=device)
     y = gdn_ops.causal_conv1d_update_(conv["x"], windows, conv["weight"], conv["bias"], "silu", indices)
-    return [o, states, y, windows]
+    return [o, states, o_small, small, y, windows]
 
 
 def drafts(device: str) -> list[Tensor]:

@@ -116,13 +116,6 @@ def test_pool(device, dtype, T):
     check_update(x, make_pool(5, 2, 24, 40, device), indices, TOLERANCE[dtype].values)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_pool_in_low_precision(device, dtype):
-    indices = torch.tensor([1, 2], dtype=torch.int64, device=device)
-    x = make_inputs(2, 1, 1, 2, 16, 72, dtype, device)
-    check_update(x, make_pool(3, 2, 16, 72, device, dtype), indices, TOLERANCE[dtype].values)
-
-
 @pytest.mark.parametrize("indices", [None, [3, -1, 1]])
 def test_pool_with_packed_sequences(device, indices):
     indices = None if indices is None else torch.tensor(indices, dtype=torch.int32, device=device)
@@ -156,6 +149,32 @@ def test_strided_pool(device, layout):
     pool = strided(make_pool(4, 2, 24, 16, device), layout)
     assert not pool.is_contiguous()
     check_update(x, pool, indices, TOLERANCE[torch.bfloat16].values)
+
+
+@pytest.mark.parametrize("K, V", [(16, 72), (100, 40), (128, 128), (8, 16), (256, 136)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_pool_in_low_precision(device, dtype, K, V):
+    """One token reads a state of its own dtype with tensor cores, where the heads are as wide as those take."""
+    indices = torch.tensor([3, -1, 0, 4], dtype=torch.int64, device=device)
+    x = make_inputs(4, 1, 1, 2, K, V, dtype, device)
+    pool = make_pool(4, 2, K, V, device, dtype)
+    o = check_update(x, pool.clone(), indices, TOLERANCE[dtype].values)
+    alone = {n: None if t is None else t[2:3] for n, t in x.items()}
+    assert torch.equal(check_update(alone, pool, indices[2:3], TOLERANCE[dtype].values), o[2:3])
+
+
+@pytest.mark.parametrize("layout", [None, *POOL_LAYOUTS])
+@pytest.mark.parametrize("inputs", LAYOUTS, ids=lambda f: f.__name__)
+def test_strided_pool_in_low_precision(device, inputs, layout):
+    x = inputs(make_inputs(2, 1, 1, 2, 24, 16, torch.bfloat16, device))
+    pool = make_pool(4, 2, 24, 16, device, torch.bfloat16)
+    indices = torch.tensor([2, 0], dtype=torch.int32, device=device)
+    check_update(x, pool if layout is None else strided(pool, layout), indices, TOLERANCE[torch.bfloat16].values)
+
+
+def test_pool_of_another_dtype_than_the_tokens(device):
+    x = make_inputs(2, 1, 1, 2, 32, 16, torch.bfloat16, device)
+    check_update(x, make_pool(2, 2, 32, 16, device, torch.float16), None, TOLERANCE[torch.bfloat16].values)
 
 
 def check_token_states(x, pool, indices, token_indices, values, states):

@@ -17,9 +17,14 @@ Without ``beta`` it is gated linear attention: ``u = v``, and ``S^T k`` is not n
 The next token's operands are loaded while the present one is worked on. Nothing about a sequence's arithmetic depends
 on its neighbours: the same sequence gives the same bits in any batch.
 
-Tiles: a row of a tile is one 128-byte line (32 fp32 columns), a thread holds 32 elements of the state, so a block keeps
-8 to 32 KB in flight with 16-byte accesses, along ``V`` or along ``K``, whichever the state's strides make contiguous.
-``K`` and ``V`` need not be powers of two: the tile is padded with zeros, and the padding is never read or written.
+A pool of 16 bits a number has twice the numbers a byte, and at one token the sums over ``K``, not memory, would decide.
+There tensor cores make both reads, ``[k; q] S`` (:func:`_run_one_token`): the numbers as they lie in memory, exact
+products, sums in fp32.
+
+Tiles: a row of a tile is two 128-byte lines (64 fp32 columns; one line costs a tenth of the copy's rate, half a line a
+third), a thread holds 64 elements of the state, 128 where tensor cores read it, so a block keeps 32 KB in flight with
+16-byte accesses, along ``V`` or along ``K``, whichever the state's strides make contiguous. ``K`` and ``V`` need not be
+powers of two: the tile is padded with zeros, and the padding is never read or written.
 
 Offsets are 64-bit. States may have any strides and, in the pool, any floating dtype; the arithmetic is fp32.
 """
@@ -47,6 +52,24 @@ def _bounds(n, T, cu_seqlens):
         begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + n).to(tl.int64), 0), T)
         end = tl.minimum(tl.maximum(tl.load(cu_seqlens + n + 1).to(tl.int64), begin), T)
     return b, begin, end
+
+
+@triton.jit
+def _inside(offsets, n: tl.constexpr, tile: tl.constexpr):
+    """The mask of ``offsets`` below ``n``; where tiles divide ``n``, a constant that the compiler drops."""
+    if n % tile == 0:
+        return tl.full(offsets.shape, True, tl.int1)
+    else:
+        return offsets < n
+
+
+@triton.jit
+def _state_offsets(offsets_k, offsets_v, stride_k, stride_v, V: tl.constexpr, DENSE: tl.constexpr):
+    """Offsets in a head's state. ``DENSE``, rows one after another: without 64-bit addresses of rows in registers."""
+    if DENSE:
+        return offsets_k[:, None] * V + offsets_v[None, :]
+    else:
+        return offsets_k.to(tl.int64)[:, None] * stride_k + offsets_v.to(tl.int64)[None, :] * stride_v
 
 
 @triton.jit
@@ -148,6 +171,28 @@ def _run_tokens(
 
 
 @triton.jit
+def _run_one_token(S_kv, q, k, v, g, beta, o, scale, offsets_q, offsets_k, offsets_v, offsets_o, mask_k, mask_v):
+    """:func:`_run_tokens` for one token and a state of q's and k's 16 bits, ``S_kv`` as it lies in memory."""
+    q_k = tl.load(q + offsets_q, mask=mask_k, other=0.0)
+    k_k = tl.load(k + offsets_k, mask=mask_k, other=0.0)
+    v_v = tl.load(v + offsets_v, mask=mask_v, other=0.0)
+    decay = tl.exp(tl.load(g).to(tl.float32))
+    beta_t = tl.load(beta).to(tl.float32)
+    key_k = k_k.to(tl.float32)
+    row = tl.arange(0, 16)[:, None]  # the least that tensor cores take; two of them count
+    reads = tl.dot(
+        tl.where(row == 0, k_k[None, :], tl.where(row == 1, q_k[None, :], tl.zeros_like(k_k)[None, :])), S_kv
+    )
+    stored_v = tl.sum(tl.where(row == 0, reads, 0.0), axis=0)
+    read_v = tl.sum(tl.where(row == 1, reads, 0.0), axis=0)
+    overlap = tl.sum(key_k * q_k.to(tl.float32), axis=0)  # here, so that the state's loads start before any wait
+    written_v = beta_t * (v_v.to(tl.float32) - decay * stored_v)
+    o_v = tl.cast(scale, tl.float32) * (decay * read_v + overlap * written_v)
+    tl.store(o + offsets_o, o_v.to(o.dtype.element_ty), mask=mask_v)
+    return decay * S_kv.to(tl.float32) + key_k[:, None] * written_v[None, :]
+
+
+@triton.jit
 def recurrent_forward_kernel(
     q,
     k,
@@ -189,6 +234,7 @@ def recurrent_forward_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    DENSE: tl.constexpr,
 ):
     """``beta`` None: gated linear attention; ``initial_state`` None: zeros; ``final_state`` None: not written;
     ``cu_seqlens`` None: one sequence a row."""
@@ -201,17 +247,15 @@ def recurrent_forward_kernel(
     h = (head // (HV // H)).to(tl.int64)
     offsets_k = tl.arange(0, BK)
     offsets_v = program % NV * BV + tl.arange(0, BV)
-    mask_k = offsets_k < K
-    mask_v = offsets_v < V
+    mask_k = _inside(offsets_k, K, BK)
+    mask_v = _inside(offsets_v, V, BV)
     mask_kv = mask_k[:, None] & mask_v[None, :]
 
     if initial_state is None:
         S_kv = tl.zeros([BK, BV], dtype=tl.float32)
     else:
         initial_state += n * stride_initial_n + hv * stride_initial_h
-        offsets_s = (
-            offsets_k.to(tl.int64)[:, None] * stride_initial_k + offsets_v.to(tl.int64)[None, :] * stride_initial_v
-        )
+        offsets_s = _state_offsets(offsets_k, offsets_v, stride_initial_k, stride_initial_v, V, DENSE)
         S_kv = tl.load(initial_state + offsets_s, mask=mask_kv, other=0.0).to(tl.float32)
     o += (b * T * HV + hv) * V
     if beta is not None:
@@ -292,10 +336,13 @@ def recurrent_update_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    DENSE: tl.constexpr,
+    ON_TENSOR_CORES: tl.constexpr,
 ):
     """The same on slot ``state_indices[n]`` of a pool of ``P`` states; a slot outside the pool gives zero outputs.
 
-    With ``token_state_indices [B, T]`` the slots of the tokens are written instead.
+    With ``token_state_indices [B, T]`` the slots of the tokens are written instead. ``ON_TENSOR_CORES``: one token a
+    sequence, neither ``cu_seqlens`` nor ``token_state_indices``, and a state of q's and k's 16 bits.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
@@ -306,8 +353,8 @@ def recurrent_update_kernel(
     h = (head // (HV // H)).to(tl.int64)
     offsets_k = tl.arange(0, BK)
     offsets_v = program % NV * BV + tl.arange(0, BV)
-    mask_k = offsets_k < K
-    mask_v = offsets_v < V
+    mask_k = _inside(offsets_k, K, BK)
+    mask_v = _inside(offsets_v, V, BV)
     mask_kv = mask_k[:, None] & mask_v[None, :]
 
     if state_indices is None:
@@ -320,40 +367,53 @@ def recurrent_update_kernel(
     if (slot >= 0) & (slot < P):
         states = state + hv * stride_state_h
         state += slot * stride_state_p + hv * stride_state_h
-        offsets_s = offsets_k.to(tl.int64)[:, None] * stride_state_k + offsets_v.to(tl.int64)[None, :] * stride_state_v
-        S_kv = tl.load(state + offsets_s, mask=mask_kv, other=0.0).to(tl.float32)
-        S_kv = _run_tokens(
-            S_kv,
-            q + b * stride_q_b + h * stride_q_h,
-            k + b * stride_k_b + h * stride_k_h,
-            v + b * stride_v_b + hv * stride_v_h,
-            g + b * stride_g_b + hv * stride_g_h,
-            beta + b * stride_beta_b + hv * stride_beta_h,
-            o,
-            scale,
-            begin,
-            end,
-            stride_q_t,
-            stride_k_t,
-            stride_v_t,
-            stride_g_t,
-            stride_beta_t,
-            HV * V,
-            offsets_k.to(tl.int64) * stride_q_k,
-            offsets_k.to(tl.int64) * stride_k_k,
-            offsets_v.to(tl.int64) * stride_v_v,
-            offsets_v,
-            mask_k,
-            mask_v,
-            token_state_indices,
-            states,
-            P,
-            stride_state_p,
-            offsets_s,
-            mask_kv,
-        )
+        offsets_s = _state_offsets(offsets_k, offsets_v, stride_state_k, stride_state_v, V, DENSE)
+        S_kv = tl.load(state + offsets_s, mask=mask_kv, other=0.0)
+        q += b * stride_q_b + h * stride_q_h
+        k += b * stride_k_b + h * stride_k_h
+        v += b * stride_v_b + hv * stride_v_h
+        g += b * stride_g_b + hv * stride_g_h
+        beta += b * stride_beta_b + hv * stride_beta_h
+        offsets_qk = offsets_k.to(tl.int64) * stride_q_k
+        offsets_kk = offsets_k.to(tl.int64) * stride_k_k
+        offsets_vv = offsets_v.to(tl.int64) * stride_v_v
+        if ON_TENSOR_CORES:
+            S_new = _run_one_token(
+                S_kv, q, k, v, g, beta, o, scale, offsets_qk, offsets_kk, offsets_vv, offsets_v, mask_k, mask_v
+            )
+        else:
+            S_new = _run_tokens(
+                S_kv.to(tl.float32),
+                q,
+                k,
+                v,
+                g,
+                beta,
+                o,
+                scale,
+                begin,
+                end,
+                stride_q_t,
+                stride_k_t,
+                stride_v_t,
+                stride_g_t,
+                stride_beta_t,
+                HV * V,
+                offsets_qk,
+                offsets_kk,
+                offsets_vv,
+                offsets_v,
+                mask_k,
+                mask_v,
+                token_state_indices,
+                states,
+                P,
+                stride_state_p,
+                offsets_s,
+                mask_kv,
+            )
         if token_state_indices is None:
-            tl.store(state + offsets_s, S_kv.to(state.dtype.element_ty), mask=mask_kv)
+            tl.store(state + offsets_s, S_new.to(state.dtype.element_ty), mask=mask_kv)
     else:
         _write_zeros(o, HV * V, begin, end, offsets_v, mask_v)
     if cu_seqlens is not None:
@@ -361,11 +421,15 @@ def recurrent_update_kernel(
             _write_zeros(o, HV * V, end, T, offsets_v, mask_v)
 
 
-def _tile(K: int, V: int, state_dtype: torch.dtype) -> tuple[int, int, int]:
-    """``(BK, BV, num_warps)``: rows of one 128-byte line of the state, 32 elements of the tile a thread."""
+def _tile(K: int, V: int, state_dtype: torch.dtype, one_token: bool, elements: int = 64) -> tuple[int, int, int]:
+    """``(BK, BV, num_warps)``, ``elements`` of the tile a thread: the fastest of those timed on an H200.
+
+    One token: rows of 256 bytes, for memory's sake. More: 32 columns, for few warps wait for each other at every token.
+    """
     BK = triton.next_power_of_2(K)
-    BV = min(triton.next_power_of_2(V), 128 // state_dtype.itemsize)
-    return BK, BV, max(1, min(8, BK * BV // 1024))
+    columns = 256 // state_dtype.itemsize if one_token else 32
+    BV = min(triton.next_power_of_2(V), columns, max(16, 16384 // BK))
+    return BK, BV, max(1, min(8, BK * BV // (32 * elements)))
 
 
 def recurrent_forward(
@@ -392,7 +456,7 @@ def recurrent_forward(
     final_state = torch.empty((N if output_final_state else 0, HV, K, V), dtype=torch.float32, device=v.device)
     if N == 0:
         return o.zero_(), final_state
-    BK, BV, num_warps = _tile(K, V, torch.float32)
+    BK, BV, num_warps = _tile(K, V, torch.float32, one_token=T == 1)
     strides = (0, 0, 0, 0) if initial_state is None else initial_state.stride()
     launch(recurrent_forward_kernel)[(N * HV * triton.cdiv(V, BV),)](
         q=q,
@@ -435,6 +499,7 @@ def recurrent_forward(
         V=V,
         BK=BK,
         BV=BV,
+        DENSE=strides[2:] == (V, 1),
         num_warps=num_warps,
     )
     return o, final_state
@@ -464,7 +529,15 @@ def recurrent_update_(
     o = torch.empty((B, T, HV, V), dtype=v.dtype, device=v.device)
     if N == 0:
         return o.zero_()
-    BK, BV, num_warps = _tile(K, V, state.dtype)
+    on_tensor_cores = (
+        T == 1
+        and cu_seqlens is None
+        and token_state_indices is None
+        and state.dtype.itemsize == 2
+        and q.dtype == k.dtype == state.dtype
+        and min(K, V) >= 16  # of which tensor cores take multiples
+    )
+    BK, BV, num_warps = _tile(K, V, state.dtype, one_token=T == 1, elements=128 if on_tensor_cores else 64)
     launch(recurrent_update_kernel)[(N * HV * triton.cdiv(V, BV),)](
         q=q,
         k=k,
@@ -508,6 +581,8 @@ def recurrent_update_(
         V=V,
         BK=BK,
         BV=BV,
+        DENSE=state.stride()[2:] == (V, 1),
+        ON_TENSOR_CORES=on_tensor_cores,
         num_warps=num_warps,
     )
     return o
@@ -517,6 +592,7 @@ def ahead_of_time_cases() -> list[CompileCase]:
     cases = []
     for name, dtype, state_dtype, H, HV, K, V, T, packed in (
         ("decode bf16", torch.bfloat16, torch.float32, 16, 32, 128, 128, 1, False),
+        ("decode bf16 on tensor cores", torch.bfloat16, torch.bfloat16, 16, 32, 128, 128, 1, False),
         ("drafts bf16", torch.bfloat16, torch.float32, 16, 32, 128, 128, 4, False),
         ("wide fp32 packed", torch.float32, torch.bfloat16, 2, 2, 256, 512, 9, True),
         ("odd fp16 packed", torch.float16, torch.float32, 1, 3, 100, 72, 9, True),
