@@ -130,9 +130,24 @@ def _gdn_ops(compiled: bool) -> Callable[[HybridLM, str], Trained]:
     return build
 
 
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
+    """flash-attn's ``flash_attn_func`` by torch's own build of the same kernels, ``[B, T, heads, D]``, on CUDA."""
+    T, (left, right) = q.shape[1], window_size
+    window = {"window_size_left": left, "window_size_right": right}
+    return torch.ops.aten._flash_attention_forward(q, k, v, None, None, T, T, 0.0, causal, False, **window)[0]
+
+
+def _attention_for_fla() -> str:
+    """FLA's attention layers call flash-attn: where that is not installed, torch's. Gives what there is to note."""
+    layers = importlib.import_module("fla.layers.attn")
+    if layers.flash_attn_func is None:
+        layers.flash_attn_func = flash_attention
+    return "attention by torch's FlashAttention-2" if layers.flash_attn_func is flash_attention else ""
+
+
 def _fla(compiled: bool, linear_cross_entropy: bool) -> Callable[[HybridLM, str], Trained]:
     """With its fused norms, SwiGLU and cross-entropy; ``linear_cross_entropy`` fuses the head's product into the loss,
-    which saves memory. Attention layers need flash-attn, which it says itself."""
+    which saves memory."""
 
     def build(ours: HybridLM, checkpointing: str) -> Trained:
         config = ours.config
@@ -142,6 +157,7 @@ def _fla(compiled: bool, linear_cross_entropy: bool) -> Callable[[HybridLM, str]
             raise Unavailable("FLA's GatedDeltaNet with two kinds of attention is not set up here")
         window = config.window if attention and config.layer_mixers[attention[0]] == "swa" else None
         library = importlib.import_module("fla.models")
+        notes = [_attention_for_fla()] if attention else []
         attn = {
             "layers": attention, "num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads,
             "window_size": window, "rope_theta": config.rope_theta,
@@ -160,9 +176,9 @@ def _fla(compiled: bool, linear_cross_entropy: bool) -> Callable[[HybridLM, str]
         )  # fmt: skip
         model = _finish(ours, model, _FLA, checkpointing)
         tilelang = version_of("tilelang")  # FLA takes its backward from there, where its Triton one is refused
-        note = f"with tilelang {tilelang}" if tilelang else ""
+        notes += [f"with tilelang {tilelang}"] if tilelang else []
         loss_of = _causal_loss(model)
-        return Trained(model, torch.compile(loss_of) if compiled else loss_of, note)
+        return Trained(model, torch.compile(loss_of) if compiled else loss_of, ", ".join(filter(None, notes)))
 
     return build
 

@@ -17,7 +17,7 @@ from perf.providers import OURS, Unavailable
 from perf.records import Environment, read_csv
 from perf.shapes import Shape, cost
 from perf.training import Setting, Size, Step, TrainRow
-from perf.training_models import TRAIN_PROVIDERS, TrainProvider
+from perf.training_models import TRAIN_PROVIDERS, TrainProvider, flash_attention
 from tests.oracle import assert_close
 
 SIZES = {
@@ -126,6 +126,23 @@ def test_hugging_faces_model_is_ours():
         theirs["model.layers.1.linear_attn.k_proj.weight"], block.mixer.qkv_proj.weight.grad[32:64], 5e-5, "dk"
     )
     assert_close(theirs["model.layers.1.mlp.up_proj.weight"], block.mlp.gate_up_proj.weight.grad[96:], 5e-5, "dup")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 5])
+def test_torchs_flash_attention_stands_in_for_flash_attn(window):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = torch.randn(3, 2, 40, 4, 64, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_()
+    t = torch.arange(40, device="cuda")
+    behind = t[:, None] - t
+    seen = (behind >= 0) & (behind < (window or 40))
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    want = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=seen).transpose(1, 2)
+    got = flash_attention(q, k, v, causal=True, window_size=(-1, -1) if window is None else (window - 1, 0))
+    assert_close(got, want, 1e-2, "o")
+    dy = torch.randn_like(want)
+    for name, a, b in zip("qkv", torch.autograd.grad(got, (q, k, v), dy), torch.autograd.grad(want, (q, k, v), dy)):
+        assert_close(a, b, 2e-2, f"d{name}")
 
 
 def test_what_a_peer_has_not_is_left_out():
