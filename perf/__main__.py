@@ -229,7 +229,7 @@ def arguments() -> argparse.ArgumentParser:
     sub = command(tune, "Tries other tiles, warps and stages of one kernel.")
     sub.add_argument("--kernel", required=True, choices=list(tuning.KERNELS))
     sub.add_argument("--shape", type=_shape, metavar="H,HV,N,T,K,V", help="default: the kernel's")
-    sub.add_argument("--direction", choices=("forward", "backward"), help="default: the one that shows the kernel")
+    sub.add_argument("--direction", choices=DIRECTIONS, help="default: the one that shows the kernel")
     sub.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     sub.add_argument("--budget", type=float, default=120.0, metavar="SECONDS", help="wall time (%(default)s)")
     sub.add_argument("--out", type=Path, help="directory or .csv file (default perf/results)")

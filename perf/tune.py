@@ -30,11 +30,12 @@ from perf.linear_providers import cost as linear_cost
 from perf.linear_providers import forward_and_backward as linear_both
 from perf.providers import OURS, PROVIDERS, Provider, difference, first_result
 from perf.records import ROOT
-from perf.shapes import DTYPES, Inputs, Shape, make_inputs
+from perf.shapes import DTYPES, STATE_DTYPES, Inputs, Shape, make_inputs
 
 Settings = dict[str, int]
 SHAPE = Shape(16, 32, 1, 8192)
 LINEAR_SHAPE = Shape(1, 64, 1, 8192, 128, 64)  # Mamba2 at 1.3B
+DECODE_SHAPE = Shape(16, 32, 64, 1)
 # Another order of the same sums changes the last bit of a bf16 now and then; a wrong kernel changes far more.
 LARGEST_DIFFERENCE = 2e-3
 SECONDS_TO_CHECK = 60.0
@@ -57,11 +58,15 @@ class Kernel(NamedTuple):
     @property
     def shape(self) -> Shape:
         """What it is timed at unless told."""
+        if self.direction in STATE_DTYPES:
+            return DECODE_SHAPE
         return LINEAR_SHAPE if self.linear else SHAPE
 
 
 _TILES = {"BK": (32, 64, 128), "BV": (16, 32, 64, 128)}
 _LAUNCH = {"num_warps": (2, 4, 8), "num_stages": (2, 3)}
+# A recurrent kernel holds all of K, too, and has no loop to pipeline.
+_RECURRENT = {"BV": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8)}
 KERNELS = {
     "score": Kernel("score_configuration", ("intra_chunk",), "forward", {"BK": _TILES["BK"], **_LAUNCH}),
     # A scan holds all of K, and one stage is wrong on Hopper (docs/kernels.md): neither is a choice.
@@ -93,6 +98,8 @@ KERNELS = {
         {"BK": (32, 64), "BV": (32, 64), "MEMBERS": (8, 16, 32), **_LAUNCH},
         linear=True,
     ),
+    "recurrent_forward": Kernel("recurrent_configuration", ("recurrent",), "decode", _RECURRENT),
+    "recurrent_update": Kernel("recurrent_configuration", ("recurrent",), "decode, bf16 state", _RECURRENT),
 }
 
 

@@ -13,6 +13,7 @@ from gdn_ops.kernels.triton.chip import CHIPS, as_if_on
 from gdn_ops.kernels.triton.chunk_backward import chunk_backward
 from gdn_ops.kernels.triton.chunk_forward import chunk_forward
 from gdn_ops.kernels.triton.compile_case import cases_of_call
+from gdn_ops.kernels.triton.recurrent import recurrent_forward, recurrent_update_
 from perf.__main__ import main
 from perf.shapes import Shape
 from perf.tune import KERNELS, chosen, parse_settings, settings_of, sound, text_of
@@ -28,8 +29,14 @@ def launches(kernel):
     forward, backward, gates = chunk_forward, chunk_backward, (gates, gates)
     if kernel.linear:
         forward, backward, gates = linear_attention.chunk_forward, linear_attention_backward.chunk_backward, gates[:1]
+    tokens = [x[:, :1] for x in (q, q, v, *gates)]
     with as_if_on(CHIPS["sm_90"]):
-        if kernel.direction == "forward":
+        if kernel.direction == "decode":
+            cases = cases_of_call("", recurrent_forward, *tokens, None, None, 0.1, True)
+        elif kernel.direction == "decode, bf16 state":
+            pool = torch.empty(1, HV, K, V, dtype=torch.bfloat16, device="meta")
+            cases = cases_of_call("", recurrent_update_, *tokens, pool, None, None, None, 0.1)
+        elif kernel.direction == "forward":
             cases = cases_of_call("", forward, q, q, v, *gates, None, None, 0.1, False)
         else:
             cases = cases_of_call("", backward, v, None, q, q, v, *gates, None, None, 0.1)
@@ -48,7 +55,7 @@ def test_a_setting_is_what_is_launched_and_only_inside(name):
     case = changed[f"{name}_kernel"]
     tiles = {option: value for option, value in settings.items() if option in ("BK", "BV")}
     assert {option: case.constexprs[option] for option in tiles} == tiles
-    assert (case.num_warps, case.num_stages) == (8, settings["num_stages"])
+    assert (case.num_warps, case.num_stages) == (8, settings.get("num_stages", case.num_stages))
     assert launches(kernel) == usual
 
 
@@ -66,7 +73,7 @@ def test_settings_are_all_combinations_that_fit_the_heads(name):
     kernel = KERNELS[name]
     wide = settings_of(kernel, SHAPE)
     assert len({text_of(s) for s in wide}) == len(wide)
-    assert all(set(s) == set(kernel.choices) and s["num_stages"] >= 2 for s in wide)
+    assert all(set(s) == set(kernel.choices) and s.get("num_stages", 2) >= 2 for s in wide)
     narrow = settings_of(kernel, SHAPE._replace(K=32, V=32))
     assert narrow == [s for s in wide if s.get("BK", 0) <= 32 and s.get("BV", 0) <= 32] and narrow
 

@@ -421,15 +421,19 @@ def recurrent_update_kernel(
             _write_zeros(o, HV * V, end, T, offsets_v, mask_v)
 
 
-def _tile(K: int, V: int, state_dtype: torch.dtype, one_token: bool, elements: int = 64) -> tuple[int, int, int]:
-    """``(BK, BV, num_warps)``, ``elements`` of the tile a thread: the fastest of those timed on an H200.
+def recurrent_configuration(
+    K: int, V: int, state_dtype: torch.dtype, one_token: bool, on_tensor_cores: bool = False
+) -> dict[str, int]:
+    """Tiles and warps: the fastest of those timed on an H200 (docs/kernels.md), 64 numbers of the state a thread, 128
+    where tensor cores read it. What shares a batch does not count, so that it does not change bits.
 
     One token: rows of 256 bytes, for memory's sake. More: 32 columns, for few warps wait for each other at every token.
     """
     BK = triton.next_power_of_2(K)
     columns = 256 // state_dtype.itemsize if one_token else 32
     BV = min(triton.next_power_of_2(V), columns, max(16, 16384 // BK))
-    return BK, BV, max(1, min(8, BK * BV // (32 * elements)))
+    num_warps = BK * BV // (4096 if on_tensor_cores else 2048)
+    return {"BK": BK, "BV": BV, "num_warps": max(1, min(8, num_warps))}
 
 
 def recurrent_forward(
@@ -456,9 +460,9 @@ def recurrent_forward(
     final_state = torch.empty((N if output_final_state else 0, HV, K, V), dtype=torch.float32, device=v.device)
     if N == 0:
         return o.zero_(), final_state
-    BK, BV, num_warps = _tile(K, V, torch.float32, one_token=T == 1)
+    configuration = recurrent_configuration(K, V, torch.float32, one_token=T == 1)
     strides = (0, 0, 0, 0) if initial_state is None else initial_state.stride()
-    launch(recurrent_forward_kernel)[(N * HV * triton.cdiv(V, BV),)](
+    launch(recurrent_forward_kernel)[(N * HV * triton.cdiv(V, configuration["BV"]),)](
         q=q,
         k=k,
         v=v,
@@ -497,10 +501,8 @@ def recurrent_forward(
         HV=HV,
         K=K,
         V=V,
-        BK=BK,
-        BV=BV,
         DENSE=strides[2:] == (V, 1),
-        num_warps=num_warps,
+        **configuration,
     )
     return o, final_state
 
@@ -537,8 +539,8 @@ def recurrent_update_(
         and q.dtype == k.dtype == state.dtype
         and min(K, V) >= 16  # of which tensor cores take multiples
     )
-    BK, BV, num_warps = _tile(K, V, state.dtype, one_token=T == 1, elements=128 if on_tensor_cores else 64)
-    launch(recurrent_update_kernel)[(N * HV * triton.cdiv(V, BV),)](
+    configuration = recurrent_configuration(K, V, state.dtype, T == 1, on_tensor_cores)
+    launch(recurrent_update_kernel)[(N * HV * triton.cdiv(V, configuration["BV"]),)](
         q=q,
         k=k,
         v=v,
@@ -579,11 +581,9 @@ def recurrent_update_(
         HV=HV,
         K=K,
         V=V,
-        BK=BK,
-        BV=BV,
         DENSE=state.stride()[2:] == (V, 1),
         ON_TENSOR_CORES=on_tensor_cores,
-        num_warps=num_warps,
+        **configuration,
     )
     return o
 
