@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 NAMESPACE, KERNELS = "gdn", "gdn_ops.lowering.tensorrt.kernels"
 ACTIVATIONS = ("float32", "float16", "bfloat16")
 CHUNK = 32
@@ -129,15 +131,19 @@ def _heads(sizes: Mapping[str, int]) -> dict[str, int]:
     return {name: sizes[name] for name in ("H", "HV", "K", "V")}
 
 
+def _recurrent_configuration(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The package's own tiles and warps for one token."""
+    recurrent = importlib.import_module("gdn_ops.kernels.triton.recurrent")
+    return recurrent.recurrent_configuration(sizes["K"], sizes["V"], torch.float32, one_token=True)
+
+
 def _recurrent_constants(sizes: Mapping[str, int], dtypes: Mapping[str, str], attributes: Mapping[str, Any]) -> dict:
-    """The tiles of ``gdn_ops.kernels.triton.recurrent``: rows of one 128-byte line of the state."""
-    BK, BV = next_power_of_2(sizes["K"]), min(next_power_of_2(sizes["V"]), 32)
-    return {**_heads(sizes), "BK": BK, "BV": BV, "SCALE": float(attributes["scale"])}
+    tile = {name: value for name, value in _recurrent_configuration(sizes).items() if name != "num_warps"}
+    return {**_heads(sizes), **tile, "SCALE": float(attributes["scale"])}
 
 
 def _recurrent_launch(sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> dict[str, int]:
-    BK, BV = next_power_of_2(sizes["K"]), min(next_power_of_2(sizes["V"]), 32)
-    return {"num_warps": max(1, min(8, BK * BV // 1024)), "num_stages": 3}
+    return {"num_warps": _recurrent_configuration(sizes)["num_warps"], "num_stages": 3}
 
 
 def _is_large(sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> bool:

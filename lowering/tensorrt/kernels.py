@@ -71,7 +71,7 @@ def recurrent_plugin_kernel(
         row * HV, HV, 1,
         row * HV, HV, 1,
         HV * K * V, K * V, V, 1,
-        H, HV, K, V, BK, BV,
+        H, HV, K, V, BK, BV, True,
     )  # fmt: skip
 
 

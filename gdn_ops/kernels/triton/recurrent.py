@@ -22,9 +22,9 @@ There tensor cores make both reads, ``[k; q] S`` (:func:`_run_one_token`): the n
 products, sums in fp32.
 
 Tiles: a row of a tile is two 128-byte lines (64 fp32 columns; one line costs a tenth of the copy's rate, half a line a
-third), a thread holds 64 elements of the state, 128 where tensor cores read it, so a block keeps 32 KB in flight with
-16-byte accesses, along ``V`` or along ``K``, whichever the state's strides make contiguous. ``K`` and ``V`` need not be
-powers of two: the tile is padded with zeros, and the padding is never read or written.
+third), a thread holds 64 numbers of the state, 128 of 16 bits, so a block keeps 32 KB in flight with 16-byte accesses,
+along ``V`` or along ``K``, whichever the state's strides make contiguous. ``K`` and ``V`` need not be powers of two:
+the tile is padded with zeros, and the padding is never read or written.
 
 Offsets are 64-bit. States may have any strides and, in the pool, any floating dtype; the arithmetic is fp32.
 """
@@ -421,18 +421,16 @@ def recurrent_update_kernel(
             _write_zeros(o, HV * V, end, T, offsets_v, mask_v)
 
 
-def recurrent_configuration(
-    K: int, V: int, state_dtype: torch.dtype, one_token: bool, on_tensor_cores: bool = False
-) -> dict[str, int]:
+def recurrent_configuration(K: int, V: int, state_dtype: torch.dtype, one_token: bool) -> dict[str, int]:
     """Tiles and warps: the fastest of those timed on an H200 (docs/kernels.md), 64 numbers of the state a thread, 128
-    where tensor cores read it. What shares a batch does not count, so that it does not change bits.
+    if they are of 16 bits. What shares a batch does not count, so that it does not change bits.
 
     One token: rows of 256 bytes, for memory's sake. More: 32 columns, for few warps wait for each other at every token.
     """
     BK = triton.next_power_of_2(K)
     columns = 256 // state_dtype.itemsize if one_token else 32
     BV = min(triton.next_power_of_2(V), columns, max(16, 16384 // BK))
-    num_warps = BK * BV // (4096 if on_tensor_cores else 2048)
+    num_warps = BK * BV // (4096 if state_dtype.itemsize == 2 else 2048)
     return {"BK": BK, "BV": BV, "num_warps": max(1, min(8, num_warps))}
 
 
@@ -539,7 +537,7 @@ def recurrent_update_(
         and q.dtype == k.dtype == state.dtype
         and min(K, V) >= 16  # of which tensor cores take multiples
     )
-    configuration = recurrent_configuration(K, V, state.dtype, T == 1, on_tensor_cores)
+    configuration = recurrent_configuration(K, V, state.dtype, one_token=T == 1)
     launch(recurrent_update_kernel)[(N * HV * triton.cdiv(V, configuration["BV"]),)](
         q=q,
         k=k,
