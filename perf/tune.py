@@ -30,12 +30,10 @@ from perf.linear_providers import cost as linear_cost
 from perf.linear_providers import forward_and_backward as linear_both
 from perf.providers import OURS, PROVIDERS, Provider, difference, first_result
 from perf.records import ROOT
-from perf.shapes import DTYPES, STATE_DTYPES, Inputs, Shape, make_inputs
+from perf.shapes import DECODE, DTYPES, FORWARD, STATE_DTYPES, Inputs, Shape, make_inputs
 
 Settings = dict[str, int]
-SHAPE = Shape(16, 32, 1, 8192)
 LINEAR_SHAPE = Shape(1, 64, 1, 8192, 128, 64)  # Mamba2 at 1.3B
-DECODE_SHAPE = Shape(16, 32, 64, 1)
 # Another order of the same sums changes the last bit of a bf16 now and then; a wrong kernel changes far more.
 LARGEST_DIFFERENCE = 2e-3
 SECONDS_TO_CHECK = 60.0
@@ -59,8 +57,8 @@ class Kernel(NamedTuple):
     def shape(self) -> Shape:
         """What it is timed at unless told."""
         if self.direction in STATE_DTYPES:
-            return DECODE_SHAPE
-        return LINEAR_SHAPE if self.linear else SHAPE
+            return DECODE[0]
+        return LINEAR_SHAPE if self.linear else FORWARD[0]
 
 
 _TILES = {"BK": (32, 64, 128), "BV": (16, 32, 64, 128)}

@@ -131,15 +131,22 @@ def _heads(sizes: Mapping[str, int]) -> dict[str, int]:
     return {name: sizes[name] for name in ("H", "HV", "K", "V")}
 
 
+def _launch_table(module: str) -> Any:
+    """The package's module of kernels, for the tiles and warps that its own launchers choose."""
+    return importlib.import_module(f"gdn_ops.kernels.triton.{module}")
+
+
+def _tiles(configuration: Mapping[str, int]) -> dict[str, int]:
+    return {name: value for name, value in configuration.items() if name != "num_warps"}
+
+
 def _recurrent_configuration(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The package's own tiles and warps for one token."""
-    recurrent = importlib.import_module("gdn_ops.kernels.triton.recurrent")
-    return recurrent.recurrent_configuration(sizes["K"], sizes["V"], torch.float32, one_token=True)
+    choose = _launch_table("recurrent").recurrent_configuration
+    return choose(sizes["K"], sizes["V"], torch.float32, one_token=True)
 
 
 def _recurrent_constants(sizes: Mapping[str, int], dtypes: Mapping[str, str], attributes: Mapping[str, Any]) -> dict:
-    tile = {name: value for name, value in _recurrent_configuration(sizes).items() if name != "num_warps"}
-    return {**_heads(sizes), **tile, "SCALE": float(attributes["scale"])}
+    return {**_heads(sizes), **_tiles(_recurrent_configuration(sizes)), "SCALE": float(attributes["scale"])}
 
 
 def _recurrent_launch(sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> dict[str, int]:
@@ -173,16 +180,19 @@ def _conv_grid(sizes: Mapping[str, Any], constants: Mapping[str, Any], cdiv_: Ca
     return rows * cdiv(constants["D"], constants["BD"])
 
 
+def _conv_configuration(sizes: Mapping[str, int]) -> dict[str, int]:
+    return _launch_table("causal_conv1d").conv_forward_configuration(sizes["D"])
+
+
 def _conv_constants(sizes: Mapping[str, int], dtypes: Mapping[str, str], attributes: Mapping[str, Any]) -> dict:
-    """The tiles of ``gdn_ops.kernels.triton.causal_conv1d``."""
     if sizes["S"] != sizes["W"] - 1:
         raise ValueError(f"initial_state: expected {sizes['W'] - 1} inputs a channel, got {sizes['S']}")
-    BD = max(32, min(256, next_power_of_2(sizes["D"])))
-    return {"D": sizes["D"], "W": sizes["W"], "SILU": bool(attributes["silu"]), "BT": 16, "BD": BD}
+    silu = bool(attributes["silu"])
+    return {"D": sizes["D"], "W": sizes["W"], "SILU": silu, **_tiles(_conv_configuration(sizes))}
 
 
 def _conv_launch(sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> dict[str, int]:
-    return {"num_warps": 2, "num_stages": 3}
+    return {"num_warps": _conv_configuration(sizes)["num_warps"], "num_stages": 3}
 
 
 RECURRENT = PluginKernel(

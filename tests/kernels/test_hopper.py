@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import subprocess
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -512,6 +513,15 @@ def test_parts_of_the_backward_give_the_same_bits(monkeypatch, B, T, H, HV, K, V
         assert all(map(torch.equal, whole, parts))
 
 
+def with_memory(call) -> tuple[tuple[torch.Tensor, ...], int]:
+    """What ``call`` gives, and the most memory on the way there."""
+    gc.collect()  # what dies meanwhile would count as if it had not been there
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
 @gpu
 @on_hopper
 @pytest.mark.parametrize(
@@ -523,14 +533,9 @@ def test_sparing_states_gives_the_same_bits_in_less_memory(monkeypatch, B, T, H,
     do, ds = cotangents(x)
 
     def run(least: int) -> tuple[tuple[torch.Tensor, ...], int]:
-        """Gradients, and the most memory on the way there."""
         monkeypatch.setattr(hopper, "LEAST_TO_SPARE", least)
         monkeypatch.setattr(hopper, "SHORTEST_STEPS", 1)
-        gc.collect()  # what dies meanwhile would count as if it had not been there
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        grads = chunk_backward(do, ds if state else None, *arguments_of(x), scale_of(x))
-        return grads, torch.cuda.max_memory_allocated() - before
+        return with_memory(partial(chunk_backward, do, ds if state else None, *arguments_of(x), scale_of(x)))
 
     whole, peak = run(1 << 60)
     for parts, less in [run(0) for _ in range(5)]:
@@ -665,15 +670,11 @@ def test_groups_give_the_same_bits_in_less_memory(monkeypatch, B, T, H, HV, V, s
     size = B * (T // CHUNK) * HV * V * (2 * 128 + CHUNK) * 2
 
     def run(largest: int | None, groups: int) -> tuple[tuple[torch.Tensor, ...], int]:
-        """Gradients, and the most memory on the way there."""
         started.clear()
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         with cutting(largest_group=largest):
-            grads = chunk_backward(do, ds, *arguments_of(x), scale_of(x))
+            grads, most = with_memory(partial(chunk_backward, do, ds, *arguments_of(x), scale_of(x)))
         assert len(started) == groups
-        return grads, torch.cuda.max_memory_allocated() - before
+        return grads, most
 
     whole, peak = run(None, 1)
     for largest, groups in ((size // 2, 2), (1, B * H)):

@@ -564,6 +564,11 @@ def _channel_tile(D: int, widest: int) -> int:
     return max(32, min(widest, triton.next_power_of_2(D)))
 
 
+def conv_forward_configuration(D: int) -> dict[str, int]:
+    BT, widest, num_warps = FORWARD_TILE
+    return {"BT": BT, "BD": _channel_tile(D, widest), "num_warps": num_warps}
+
+
 def _strides(x: Tensor | None, *names: str) -> dict[str, int]:
     return {name: 0 if x is None else x.stride(i) for i, name in enumerate(names)}
 
@@ -586,9 +591,9 @@ def forward(
         return y.zero_(), final_state
     if isinstance(T, int) and T == 0:
         return y, _hand_on(initial_state, final_state) if output_final_state else final_state
-    BT, BD, num_warps = FORWARD_TILE[0], _channel_tile(D, FORWARD_TILE[1]), FORWARD_TILE[2]
-    rows = B * _blocks(T, BT) + (N if output_final_state else 0)
-    launch(causal_conv1d_forward_kernel)[(rows * _blocks(D, BD),)](
+    configuration = conv_forward_configuration(D)
+    rows = B * _blocks(T, configuration["BT"]) + (N if output_final_state else 0)
+    launch(causal_conv1d_forward_kernel)[(rows * _blocks(D, configuration["BD"]),)](
         x=x, weight=weight, bias=bias, initial_state=initial_state, y=y,
         final_state=final_state if output_final_state else None,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(), T=T, N=N,
@@ -596,7 +601,7 @@ def forward(
         **_strides(weight, "stride_weight_d", "stride_weight_w"),
         **_strides(bias, "stride_bias"),
         **_strides(initial_state, "stride_initial_n", "stride_initial_d", "stride_initial_w"),
-        D=D, W=W, SILU=silu, BT=BT, BD=BD, AHEAD=AHEAD, UNROLL=UNROLL, num_warps=num_warps,
+        D=D, W=W, SILU=silu, AHEAD=AHEAD, UNROLL=UNROLL, **configuration,
     )  # fmt: skip
     return y, final_state
 
