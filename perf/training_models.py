@@ -107,8 +107,8 @@ def _finish(ours: HybridLM, model: nn.Module, names: dict[str, str], checkpointi
     weight = ours.embedding.weight
     model = model.to(weight.device, weight.dtype).train()
     copy_weights(ours, model, names)
-    if checkpointing == "selective":
-        raise Unavailable("peers have no selective checkpointing")
+    if checkpointing not in ("none", "full"):
+        raise Unavailable(f"peers have no {checkpointing} checkpointing")
     if checkpointing == "full":
         model.gradient_checkpointing_enable()
     return model

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from gdn_ops.cli.text import Text
 
 
+class Checkpointing(str, enum.Enum):
+    """``HybridLM.activation_checkpointing``."""
+
+    none = "none"
+    elementwise = "elementwise"
+    selective = "selective"
+    full = "full"
+
+
 class Dtype(str, enum.Enum):
     """What the arithmetic is done in; weights and optimizer are float32."""
 
@@ -62,6 +71,9 @@ def command(
         Dtype, typer.Option("--dtype", help="auto: bfloat16 autocast on CUDA, float32 on CPU.")
     ] = Dtype.auto,
     compile_: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile(fullgraph=True).")] = True,
+    checkpointing: Annotated[
+        Checkpointing, typer.Option("--checkpointing", help="What the backward pass computes again, to save memory.")
+    ] = Checkpointing.none,
     save_every: Annotated[int, whole("--save-every", 1, "Steps between checkpoints.")] = 250,
     eval_every: Annotated[int | None, whole("--eval-every", 1, "Steps between validations; default: a tenth.")] = None,
     eval_batches: Annotated[int, whole("--eval-batches", 0, "Batches a validation; 0: none.")] = 4,
@@ -89,7 +101,13 @@ def command(
         clip=clip, seed=seed, dtype=_dtype(dtype, chosen.type), held_out=held_out,
     )  # fmt: skip
     session = training.Session(
-        chosen, compile_, save_every, max(1, steps // 10) if eval_every is None else eval_every, eval_batches, stop_at
+        chosen,
+        compile_,
+        checkpointing.value,
+        save_every,
+        max(1, steps // 10) if eval_every is None else eval_every,
+        eval_batches,
+        stop_at,
     )
     with training.claimed(out):
         start = training.enter(out, recipe, resume)

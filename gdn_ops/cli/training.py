@@ -58,6 +58,7 @@ class Session:
 
     device: torch.device
     compile: bool
+    checkpointing: str
     save_every: int
     eval_every: int
     eval_batches: int
@@ -158,6 +159,7 @@ class Run:
             self.model, state = checkpoint.load(start, session.device)
             self.optimizer = make_optimizer(self.model, recipe)
             self.step = checkpoint.restore(state, self.optimizer)
+        self.model.activation_checkpointing = session.checkpointing
         self.model.train()
         self.loss_of = loss_function(self.model)
 

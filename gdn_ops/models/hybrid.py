@@ -32,7 +32,7 @@ from gdn_ops.nn.padding import check_rows
 from gdn_ops.ops import save_list
 
 State = dict[str, Any]
-ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
+ACTIVATION_CHECKPOINTING = ("none", "elementwise", "selective", "full")
 
 
 class HybridOutput(NamedTuple):
@@ -71,9 +71,10 @@ class Block(nn.Module):
 class HybridLM(nn.Module):
     """A hybrid language model; see :class:`HybridConfig` for what it is made of.
 
-    ``activation_checkpointing`` trades time for memory in training: ``"none"``, ``"full"`` (each layer is computed
-    again in the backward pass), ``"selective"`` (all of it but the operators of ``gdn_ops.ops.save_list()``). It may
-    be set later and is no part of the configuration.
+    ``activation_checkpointing`` trades time for memory in training. The backward pass computes again: ``"none"``
+    nothing, ``"elementwise"`` activations, norms and convolutions (layers keep what
+    ``gdn_ops.ops.save_list(products=True)`` has), ``"selective"`` all but the rules (``save_list()``), ``"full"``
+    whole layers. It may be set later and is no part of the configuration.
 
     Example::
 
@@ -323,8 +324,9 @@ class HybridLM(nn.Module):
         if self.activation_checkpointing == "none" or state is not None or not torch.is_grad_enabled():
             return lambda layer, *args: layer(*args)
         options = {"use_reentrant": False, "preserve_rng_state": False}
-        if self.activation_checkpointing == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, save_list())
+        if self.activation_checkpointing != "full":
+            kept = save_list(products=self.activation_checkpointing == "elementwise")
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
         return partial(checkpoint, **options)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gdn_ops.nn.tracing import is_exporting
 from gdn_ops.ops.gated_delta_rule import state_dtype
 
 
@@ -21,8 +22,16 @@ def rotate(x: Tensor, position: Tensor, theta: float = 10000.0) -> Tensor:
         (tensor([[[[1., 1.]]]]), tensor([-0.3012,  1.3818]))
     """
     D, dtype = x.shape[-1], state_dtype(x)
-    frequency = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=dtype) / D)
+    feature = torch.arange(D, device=x.device)
+    frequency = theta ** (-2 * (feature % (D // 2)).to(dtype) / D)
+    frequency = torch.where(feature < D // 2, -frequency, frequency)  # a pair's sines have opposite signs
     angle = (position.to(dtype)[..., None] * frequency)[:, :, None, :]
-    cos, sin = angle.cos(), angle.sin()
-    left, right = x.to(dtype).chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+    cos, sin = _stored(torch.stack([angle.cos(), angle.sin()]))
+    x_wide = x.to(dtype)
+    return (x_wide * cos + x_wide.roll(D // 2, -1) * sin).to(x.dtype)
+
+
+def _stored(x: Tensor) -> Tensor:
+    """``x``, in memory. Inductor would fuse sines and powers into all that multiplies by them, and compute them again
+    for every head of every layer, which takes ten times as long; ``as_strided`` is of what lies in memory."""
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() and not is_exporting() else x

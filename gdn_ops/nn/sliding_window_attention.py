@@ -8,6 +8,10 @@ chooses before it knows T. So Q is ``TRAINING_BLOCK`` where gradients are record
 never above the window. At the paper's window of 2048 a prompt of 5 tokens then costs at most 256 queries, and training
 keeps 5 copies of the keys, not 17 (T=4096 on one core: forward and backward 15% faster and a third less memory).
 
+**Flash attention.** Where no state goes in or out, as in training, torch's own (``torch.nn.attention.varlen``: CUDA,
+16-bit, see :func:`_has_flash`) takes the window as it is, without copies of keys or scores outside the window. An
+exported program has blocks, to run elsewhere, too.
+
 **State.** A ring: token p has slot ``p % window`` in ``key, value [B, window, KVH, D]``; ``position [B]`` int64 counts
 the tokens seen. Keys are stored rotated. One token (decode) overwrites its slot and attends to the whole ring, whose
 order does not matter; longer input reads the ring in order of time in front of its own keys. Nothing is written in
@@ -22,16 +26,21 @@ its program run only where the answer is the same. So while it traces there is o
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn.attention.varlen import varlen_attn
 
 from gdn_ops.nn.mixer import Mixer
 from gdn_ops.nn.rotary import rotate
 from gdn_ops.nn.tracing import is_exporting
 
 QUERY_BLOCK, TRAINING_BLOCK = 128, 512
+# torch 2.11 takes fewer key heads as they are, later ones ask to be told.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class SlidingWindowAttention(Mixer):
@@ -107,8 +116,8 @@ class SlidingWindowAttention(Mixer):
 
     def _mix(self, x, lengths, state, cu_seqlens, output_state) -> tuple[Tensor, dict[str, Tensor] | None]:
         T = x.shape[1]
-        sizes = [self.num_heads * self.head_dim, *[self.num_kv_heads * self.head_dim] * 2]
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x).split(sizes, dim=-1))
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
         token, sequence = torch.arange(T, device=x.device), None
         if cu_seqlens is not None:
             bounds = cu_seqlens.long()
@@ -116,11 +125,13 @@ class SlidingWindowAttention(Mixer):
             position = (token - bounds[sequence - 1])[None]
         else:
             position = token[None] if state is None else state["position"][:, None] + token
-        q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
+        q, k = rotate(qk, position, self.rope_theta).split([self.num_heads, self.num_kv_heads], dim=2)
         if statically_known_true(T == 1) and state is not None and lengths is None:
             o, new_state = self._one_token(q, k, v, state)
         elif statically_known_true(self.window >= T) and not output_state and cu_seqlens is None:
             o, new_state = _within_window(q, k, v), None
+        elif not output_state and not is_exporting() and _has_flash(q):
+            o, new_state = _flash(q, k, v, self.window, cu_seqlens), None
         else:
             o, k, v = self._blocks(q, k, v, state, sequence)
             new_state = self._advance(state, k, v, T if lengths is None else lengths) if output_state else None
@@ -196,6 +207,29 @@ def _within_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (y.repeat_interleave(q.shape[2] // k.shape[2], 2) for y in (k, v))
     o = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), is_causal=True)
     return o.transpose(1, 2).flatten(2)
+
+
+def _has_flash(q: Tensor) -> bool:
+    """Whether torch's flash attention takes a window of queries like ``q [B, T, H, D]``, and may (see
+    ``torch.backends.cuda.enable_flash_sdp``). Its gradients at D > 192 are not for every card."""
+    fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0 and q.shape[3] <= 192
+    return fits and _device_has_flash(q.device)
+
+
+@torch.compiler.assume_constant_result
+def _device_has_flash(device: torch.device) -> bool:
+    available = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
+    return available and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Attention within the window and, if packed, the sequence, ``[B, T, H * D]``; rows count as packed ones."""
+    B, T = q.shape[:2]
+    bounds = torch.arange(B + 1, device=q.device) * T if cu_seqlens is None else cu_seqlens
+    bounds, sizes = bounds.to(torch.int32), (window - 1, 0)
+    v = v.contiguous()  # a backward pass keeps it, and with a view the whole projection, of which the rest is done with
+    q, k, v = (y.flatten(0, 1) for y in (q, k, v))
+    return varlen_attn(q, k, v, bounds, bounds, T, T, window_size=sizes, **_GROUPED).flatten(1).unflatten(0, (B, T))
 
 
 def _pad(x: Tensor, before: int, after: int, ring: Tensor | None = None, value: int = 0) -> Tensor:

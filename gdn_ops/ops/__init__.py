@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.attention.varlen  # registers its operator
 
 from gdn_ops.kernels.batch_invariance import batch_invariant
 from gdn_ops.ops.causal_conv1d import causal_conv1d, causal_conv1d_backward, causal_conv1d_update_
@@ -34,8 +35,12 @@ __all__ = [
 ]
 
 
-def save_list() -> list[torch._ops.OpOverload]:
+def save_list(products: bool = False) -> list[torch._ops.OpOverload]:
     """The operators whose results are worth keeping under selective activation checkpointing.
+
+    Args:
+        products: torch's matrix products and attention, too, so that only what is elementwise, norms and convolutions
+            are computed again.
 
     Example::
 
@@ -44,4 +49,11 @@ def save_list() -> list[torch._ops.OpOverload]:
         >>> context = partial(create_selective_checkpoint_contexts, save_list())
         >>> y = checkpoint(layer, x, use_reentrant=False, context_fn=context)  # doctest: +SKIP
     """
-    return [chunk_gated_delta_rule, chunk_gated_linear_attention]
+    rules, aten = [chunk_gated_delta_rule, chunk_gated_linear_attention], torch.ops.aten
+    if not products:
+        return rules
+    return [
+        *rules, aten.mm.default, aten.addmm.default, aten.bmm.default, torch.ops.torch_attn._varlen_attn.default,
+        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+    ]  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 
 from gdn_ops.cli import checkpoint, history, training
 from gdn_ops.models import HybridLM
+from gdn_ops.models.hybrid import ACTIVATION_CHECKPOINTING
 from tests.cli.conftest import SIZES, SMALL
 
 
@@ -154,6 +155,17 @@ def test_compiled_training_agrees(gdn, corpus, tmp_path):
         result = gdn("train", *args, "--out", tmp_path / how)
         assert result.code == 0 and ("compiling" in result.err) == (how == "--compile"), result.err
     assert losses(tmp_path / "--compile") == pytest.approx(losses(tmp_path / "--no-compile"), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ACTIVATION_CHECKPOINTING)
+def test_checkpointing_changes_no_loss(gdn, trained, corpus, tmp_path, kind):
+    """Each kind of the model's is a choice, and what is computed again is the same, bit for bit."""
+    result = gdn(
+        "train", *SIZES, "--data", corpus, "--steps", 6, "--stop-at", 3, "--checkpointing", kind,
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert losses(tmp_path / "run") == losses(trained)[:3]
 
 
 def test_compilation_is_the_default(gdn, corpus, tmp_path, monkeypatch):

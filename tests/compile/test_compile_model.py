@@ -247,7 +247,7 @@ def test_activation_checkpointing():
     model, saved = make("GS", torch.float32), {}
     ids, labels = ids_of(70)
     want = loss_and_gradients(model, model, ids, labels=labels)
-    for kind, again in (("none", 0), ("full", 1), ("selective", 0)):
+    for kind, again in (("none", 0), ("elementwise", 0), ("selective", 0), ("full", 1)):
         torch._dynamo.reset()
         model.activation_checkpointing = kind
         forward, backward, got = graphs_of(model)
@@ -255,9 +255,10 @@ def test_activation_checkpointing():
         assert rules_in(forward) == 1 and rules_in(backward) == again, kind
         saved[kind] = saved_by(forward)
     assert saved["full"] < saved["selective"] < saved["none"] / 2
+    assert saved["selective"] < saved["elementwise"] < 0.7 * saved["none"]
 
 
-@pytest.mark.parametrize("kind", ["full", "selective"])
+@pytest.mark.parametrize("kind", ["elementwise", "selective", "full"])
 def test_checkpointing_compiles_once_for_every_length(kind):
     model = make("GS", torch.float32)
     model.activation_checkpointing = kind
@@ -316,7 +317,7 @@ def test_training_on_cuda(pattern):
 
 @pytest.mark.gpu
 @on_patterns
-@pytest.mark.parametrize("kind", ["none", "full", "selective"])
+@pytest.mark.parametrize("kind", ["none", "elementwise", "selective", "full"])
 def test_fp32_gradients_on_cuda(pattern, kind):
     """Inductor's kernels around ours, with the parts that are computed again."""
     model = on_cuda(pattern)

@@ -253,7 +253,7 @@ class RuleCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind, calls", [("none", 2), ("full", 4), ("selective", 2)])
+@pytest.mark.parametrize("kind, calls", [("none", 2), ("elementwise", 2), ("selective", 2), ("full", 4)])
 def test_activation_checkpointing(kind, calls):
     """The same gradients; the rule runs twice under full checkpointing alone."""
     model, ids = make("G"), tokens(2, 70)
@@ -271,7 +271,9 @@ def test_activation_checkpointing(kind, calls):
 def test_activation_checkpointing_is_checked():
     model = HybridLM(make().config, activation_checkpointing="full")
     assert model.activation_checkpointing == "full" and make().activation_checkpointing == "none"
-    with pytest.raises(ValueError, match="activation_checkpointing: expected one of none, full, selective, got 'all'"):
+    with pytest.raises(
+        ValueError, match="activation_checkpointing: expected one of none, elementwise, selective, full, got 'all'"
+    ):
         model.activation_checkpointing = "all"
 
 

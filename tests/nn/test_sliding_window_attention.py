@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 
 import pytest
 import torch
@@ -208,6 +209,70 @@ def test_packed_equals_separate(window, device):
     y, _ = layer(torch.cat(x, 1), cu_seqlens=bounds)
     want = torch.cat([layer(tokens)[0] for tokens in x], 1)
     assert_close(y, want, tol, "y")
+
+
+FLASH = [(1, 4), (5, 4), (24, 2), (65, 1)]  # window, key heads
+
+
+def dense(q, k, v, bounds, bounds_k, T, T_k, window_size=(-1, -1), enable_gqa=False):
+    """``varlen_attn`` as torch documents it, one sequence after another, by a dense mask."""
+    assert bounds.dtype == torch.int32 and torch.equal(bounds, bounds_k) and bounds.diff().max() <= T == T_k
+    assert enable_gqa or q.shape[1] == k.shape[1] or not sliding_window_attention._GROUPED
+    out = []
+    for start, end in itertools.pairwise(bounds.tolist()):
+        age = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (age <= window_size[0]) & (age >= -window_size[1])
+        parts = (y[start:end].transpose(0, 1) for y in (q, k, v))
+        o = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=seen, enable_gqa=True)
+        out.append(o.transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("window, num_kv_heads", FLASH)
+def test_what_flash_attention_is_asked_for(window, num_kv_heads, monkeypatch):
+    """Rows and packed sequences of any length; not for a state, nor for a program that is exported."""
+    layer, x = make(window, num_kv_heads), make_input(2, 70)
+    packed, bounds = x.flatten(0, 1)[None], torch.tensor([0, 9, 9, 75, 140])
+    want = layer(x)[0], layer(packed, cu_seqlens=bounds)[0], layer(x, output_state=True)[0]
+    asked = []
+    monkeypatch.setattr(sliding_window_attention, "varlen_attn", lambda *a, **o: asked.append(a) or dense(*a, **o))
+    monkeypatch.setattr(sliding_window_attention, "_has_flash", lambda q: True)
+    got = layer(x)[0], layer(packed, cu_seqlens=bounds)[0], layer(x, output_state=True)[0]
+    for y, y_want in zip(got, want):
+        assert_close(y, y_want, 1e-11, "y")
+    assert len(asked) == 2
+    torch.export.export(layer, (x,), strict=False)
+    assert len(asked) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window, num_kv_heads", FLASH)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bounds", [None, [0, 9, 9, 75, 140]])
+def test_flash_attention(bounds, compiled, dtype, window, num_kv_heads, monkeypatch):
+    """Values and gradients, rows and packed."""
+    layer, x = make(window, num_kv_heads, dtype, "cuda", head_dim=16), make_input(2, 70, dtype=dtype, device="cuda")
+    asked = []
+    flash = sliding_window_attention._flash
+    monkeypatch.setattr(sliding_window_attention, "_flash", lambda *a: asked.append(a) or flash(*a))
+    x = x if bounds is None else x.flatten(0, 1)[None]
+    x.requires_grad_()
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, device="cuda")
+    call = torch.compile(layer, fullgraph=True) if compiled else layer
+    y, _ = call(x, cu_seqlens=cu_seqlens)
+    dy = make_input(*x.shape[:2], dtype=dtype, device="cuda", seed=2)
+    y.backward(dy)
+    assert asked
+    weights, x_wide = plain.wide(layer), x.detach().cpu().double().requires_grad_()
+    parts = x_wide.split(x.shape[1] if bounds is None else torch.tensor(bounds).diff().tolist(), 1)
+    want = torch.cat([plain.sliding_window_attention(layer, weights, part) for part in parts], 1)
+    want.backward(dy.cpu().double())
+    assert_close(y, want, 3 * TOLERANCE[dtype].values, "y")
+    if window > 1:
+        assert_close(x.grad, x_wide.grad, 3 * TOLERANCE[dtype].grads, "dx")
+        for name, p in layer.named_parameters():
+            assert_close(p.grad, weights[name].grad, 3 * TOLERANCE[dtype].grads, "d" + name)
 
 
 class LargestResult(TorchDispatchMode):
