@@ -3,7 +3,7 @@
 A run is a folder. ``train.json`` holds its recipe, which is all that the sequence of losses depends on; a later call
 with another recipe is refused. The step, the optimizer and the weights come from the last checkpoint, the data from
 ``(seed, step)``: a run that was killed and started again gives the same losses, bit for bit, as one that was not (on
-the same machine, with the same choice of ``--compile``).
+the same machine, with the same choice of ``--compile`` and ``--checkpointing``).
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ never above the window. At the paper's window of 2048 a prompt of 5 tokens then 
 keeps 5 copies of the keys, not 17 (T=4096 on one core: forward and backward 15% faster and a third less memory).
 
 **Flash attention.** Where no state goes in or out, as in training, torch's own (``torch.nn.attention.varlen``: CUDA,
-16-bit, see :func:`_has_flash`) takes the window as it is, without copies of keys or scores outside the window. An
-exported program has blocks, to run elsewhere, too.
+16-bit, see :func:`_has_flash`) takes the window as it is, without copies of keys or scores outside the window. Its
+gradients are the same bits twice only under ``torch.use_deterministic_algorithms``. An exported program has blocks, to
+run elsewhere, too.
 
 **State.** A ring: token p has slot ``p % window`` in ``key, value [B, window, KVH, D]``; ``position [B]`` int64 counts
 the tokens seen. Keys are stored rotated. One token (decode) overwrites its slot and attends to the whole ring, whose

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.attention.varlen  # registers its operator
 
 from gdn_ops.kernels.batch_invariance import batch_invariant
 from gdn_ops.ops.causal_conv1d import causal_conv1d, causal_conv1d_backward, causal_conv1d_update_
@@ -52,6 +51,8 @@ def save_list(products: bool = False) -> list[torch._ops.OpOverload]:
     rules, aten = [chunk_gated_delta_rule, chunk_gated_linear_attention], torch.ops.aten
     if not products:
         return rules
+    from torch.nn.attention import varlen  # noqa: F401, registers its operator; too heavy for ``import gdn_ops``
+
     return [
         *rules, aten.mm.default, aten.addmm.default, aten.bmm.default, torch.ops.torch_attn._varlen_attn.default,
         aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -12,6 +14,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.utils import run_and_get_code
 
 from gdn_ops.models import HybridConfig, HybridLM
+from gdn_ops.models.hybrid import ACTIVATION_CHECKPOINTING
 from gdn_ops.ops import save_list
 from tests.models.models import make, tokens
 from tests.oracle import TOLERANCE, assert_close
@@ -326,6 +329,28 @@ def test_fp32_gradients_on_cuda(pattern, kind):
     model.activation_checkpointing = kind
     got = loss_and_gradients(torch.compile(model, fullgraph=True), model, ids, labels=labels)
     assert_same(got, want, 1e-4)
+
+
+@pytest.mark.gpu
+@on_patterns
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointing_saves_memory_on_cuda(compiled, pattern):
+    """bf16 autocast, where attention is torch's flash attention: the same gradients, in less memory."""
+    model, peaks = on_cuda(pattern), []
+    ids = tokens(8, 4096, device="cuda")
+    call = autocast(partial(model, labels=ids, return_logits=False))
+    want = loss_and_gradients(call, model, ids)
+    for kind in ACTIVATION_CHECKPOINTING:
+        torch._dynamo.reset()
+        model.activation_checkpointing = kind
+        run = torch.compile(call, fullgraph=True) if compiled else call
+        assert_same(loss_and_gradients(run, model, ids), want, 5e-2)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss_and_gradients(run, model, ids)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    none, elementwise, *least = peaks
+    assert max(least) < elementwise < 0.8 * none, peaks
 
 
 @pytest.mark.gpu
