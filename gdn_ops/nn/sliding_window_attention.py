@@ -212,15 +212,19 @@ def _within_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _has_flash(q: Tensor) -> bool:
     """Whether torch's flash attention takes a window of queries like ``q [B, T, H, D]``, and may (see
-    ``torch.backends.cuda.enable_flash_sdp``). Its gradients at D > 192 are not for every card."""
-    fits = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0 and q.shape[3] <= 192
-    return fits and _device_has_flash(q.device)
+    ``torch.backends.cuda.enable_flash_sdp``)."""
+    width = q.shape[3]
+    return q.is_cuda and q.element_size() == 2 and width % 8 == 0 and width <= _widest_flash_head(q.device)
 
 
 @torch.compiler.assume_constant_result
-def _device_has_flash(device: torch.device) -> bool:
-    available = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
-    return available and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+def _widest_flash_head(device: torch.device) -> int:
+    """0 without flash attention. Not every card has the gradients of more than 192."""
+    cuda, (major, minor) = torch.backends.cuda, torch.cuda.get_device_capability(device)
+    usable = torch.version.hip is None and cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()
+    if not usable or major < 8:
+        return 0
+    return 256 if (major, minor) in ((8, 0), (9, 0)) else 192
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, window: int, cu_seqlens: Tensor | None) -> Tensor:

@@ -299,14 +299,35 @@ def test_flash_attention_is_for_no_state_and_no_export(flash_on_the_cpu):
     assert not any(flash_on_the_cpu.values())
 
 
+@pytest.mark.parametrize(
+    "capability, hip, enabled, widest",
+    [
+        ((9, 0), None, True, 256),
+        ((8, 0), None, True, 256),
+        ((8, 9), None, True, 192),
+        ((12, 0), None, True, 192),
+        ((7, 5), None, True, 0),
+        ((9, 0), None, False, 0),
+        ((9, 4), "7.0", True, 0),
+    ],
+)
+def test_which_cards_have_flash_attention(monkeypatch, capability, hip, enabled, widest):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: enabled)
+    assert sliding_window_attention._widest_flash_head(torch.device("cuda")) == widest
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window, num_kv_heads", FLASH)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled, head_dim", [(False, 16), (True, 16), (False, 256)])
 @pytest.mark.parametrize("bounds", [None, [0, 9, 9, 75, 140]])
-def test_flash_attention(bounds, compiled, dtype, window, num_kv_heads, monkeypatch):
+def test_flash_attention(bounds, compiled, head_dim, dtype, window, num_kv_heads, monkeypatch):
     """Values and gradients, rows and packed."""
-    layer, x = make(window, num_kv_heads, dtype, "cuda", head_dim=16), make_input(2, 70, dtype=dtype, device="cuda")
+    layer = make(window, num_kv_heads, dtype, "cuda", head_dim=head_dim)
+    x = make_input(2, 70, dtype=dtype, device="cuda")
     asked = []
     flash = sliding_window_attention._flash
     monkeypatch.setattr(sliding_window_attention, "_flash", lambda *a: asked.append(a) or flash(*a))
