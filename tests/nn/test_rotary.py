@@ -6,6 +6,7 @@ import doctest
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from gdn_ops.nn import rotary, rotate
 from tests.nn import plain
@@ -41,6 +42,25 @@ def test_each_row_has_its_own_positions():
     x = torch.randn(2, 3, 1, 4)
     position = torch.tensor([[0, 1, 2], [7, 8, 9]])
     assert torch.equal(rotate(x, position)[1:], rotate(x[1:], position[1:]))
+
+
+def test_angles_are_computed_once_in_compiled_code():
+    """Not again for each head, each call and the backward pass: sines would take longer than memory does."""
+    x = torch.randn(2, 2, 7, 3, 8, requires_grad=True)
+
+    def call(x):
+        position = torch.arange(7)[None]
+        return rotate(x[0], position) + rotate(x[1], position).tanh()
+
+    def run(function):
+        y = function(x)
+        return y, torch.autograd.grad(y.square().sum(), x)[0]
+
+    got, codes = run_and_get_code(run, torch.compile(call, fullgraph=True))
+    code = "".join(codes)
+    assert len(codes) == 2 and code.count("cos(") == code.count("sin(") == 1
+    for a, b in zip(got, run(call)):
+        assert_close(a, b, 1e-6, "x")
 
 
 def test_documented_example_runs():
