@@ -44,12 +44,14 @@ def test_each_row_has_its_own_positions():
     assert torch.equal(rotate(x, position)[1:], rotate(x[1:], position[1:]))
 
 
+@pytest.mark.gpu
 def test_angles_are_computed_once_in_compiled_code():
-    """Not again for each head, each call and the backward pass: sines would take longer than memory does."""
-    x = torch.randn(2, 2, 7, 3, 8, requires_grad=True)
+    """Not again for each head, each call and the backward pass: sines would take longer than memory does. (Inductor's
+    code for the CPU would not, either way.)"""
+    x = torch.randn(2, 2, 7, 3, 8, device="cuda", requires_grad=True)
 
     def call(x):
-        position = torch.arange(7)[None]
+        position = torch.arange(7, device=x.device)[None]
         return rotate(x[0], position) + rotate(x[1], position).tanh()
 
     def run(function):
