@@ -101,14 +101,10 @@ def command(
         clip=clip, seed=seed, dtype=_dtype(dtype, chosen.type), held_out=held_out,
     )  # fmt: skip
     session = training.Session(
-        chosen,
-        compile_,
-        checkpointing.value,
-        save_every,
-        max(1, steps // 10) if eval_every is None else eval_every,
-        eval_batches,
-        stop_at,
-    )
+        device=chosen, compile=compile_, checkpointing=checkpointing.value, save_every=save_every,
+        eval_every=max(1, steps // 10) if eval_every is None else eval_every, eval_batches=eval_batches,
+        stop_at=stop_at,
+    )  # fmt: skip
     with training.claimed(out):
         start = training.enter(out, recipe, resume)
         tokens = corpus.split(corpus.tokenize(found, recipe.data, text, out, _say), held_out, seq_len)

@@ -16,6 +16,7 @@ from torch._inductor.utils import run_and_get_code
 from gdn_ops.models import HybridConfig, HybridLM
 from gdn_ops.models.hybrid import ACTIVATION_CHECKPOINTING
 from gdn_ops.ops import save_list
+from tests.memory import with_memory
 from tests.models.models import make, tokens
 from tests.oracle import TOLERANCE, assert_close
 
@@ -261,7 +262,7 @@ def test_activation_checkpointing():
     assert saved["selective"] < saved["elementwise"] < 0.7 * saved["none"]
 
 
-@pytest.mark.parametrize("kind", ["elementwise", "selective", "full"])
+@pytest.mark.parametrize("kind", ACTIVATION_CHECKPOINTING[1:])
 def test_checkpointing_compiles_once_for_every_length(kind):
     model = make("GS", torch.float32)
     model.activation_checkpointing = kind
@@ -292,8 +293,8 @@ BF16_RATE = 1e-3
 def on_cuda(pattern="GS", dtype=torch.float32, **overrides):
     """The tiny preset cut to one layer a mixer: heads as large as the kernels like them."""
     torch.manual_seed(0)
-    config = HybridConfig.preset("tiny", num_hidden_layers=2, pattern=pattern, vocab_size=40, **overrides)
-    return HybridLM(config).to("cuda", dtype)
+    fields = {"num_hidden_layers": 2, "pattern": pattern, "vocab_size": 40, **overrides}
+    return HybridLM(HybridConfig.preset("tiny", **fields)).to("cuda", dtype)
 
 
 def autocast(function):
@@ -320,7 +321,7 @@ def test_training_on_cuda(pattern):
 
 @pytest.mark.gpu
 @on_patterns
-@pytest.mark.parametrize("kind", ["none", "elementwise", "selective", "full"])
+@pytest.mark.parametrize("kind", ACTIVATION_CHECKPOINTING)
 def test_fp32_gradients_on_cuda(pattern, kind):
     """Inductor's kernels around ours, with the parts that are computed again."""
     model = on_cuda(pattern)
@@ -335,8 +336,7 @@ def test_fp32_gradients_on_cuda(pattern, kind):
 @pytest.mark.parametrize("compiled, pattern", [(False, "G"), (False, "GS"), (False, "MA"), (True, "GS")])
 def test_checkpointing_saves_memory_on_cuda(compiled, pattern):
     """bf16 autocast, where attention is torch's flash attention: the same gradients, in less memory."""
-    torch.manual_seed(0)
-    model = HybridLM(HybridConfig.preset("tiny", num_hidden_layers=6, pattern=pattern, vocab_size=40)).cuda()
+    model = on_cuda(pattern, num_hidden_layers=6)
     ids, peaks = tokens(4, 4096, device="cuda"), []
     call = autocast(partial(model, labels=ids, return_logits=False))
     want = loss_and_gradients(call, model, ids)
@@ -345,10 +345,7 @@ def test_checkpointing_saves_memory_on_cuda(compiled, pattern):
         model.activation_checkpointing = kind
         run = torch.compile(call, fullgraph=True) if compiled else call
         assert_same(loss_and_gradients(run, model, ids), want, 5e-2)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        loss_and_gradients(run, model, ids)
-        peaks.append(torch.cuda.max_memory_allocated() - before)
+        peaks.append(with_memory(partial(loss_and_gradients, run, model, ids))[1])
     none, elementwise, *least = peaks
     assert max(least) < elementwise < 0.8 * none, peaks
 
@@ -356,18 +353,13 @@ def test_checkpointing_saves_memory_on_cuda(compiled, pattern):
 @pytest.mark.gpu
 def test_the_loss_alone_on_cuda():
     """bf16 autocast, a vocabulary in 16 parts: eager's gradients, and less memory than the logits take."""
-    torch.manual_seed(0)
-    config = HybridConfig.preset("tiny", num_hidden_layers=1, pattern="S", vocab_size=8192)
-    model = HybridLM(config).cuda()
+    model = on_cuda("S", num_hidden_layers=1, vocab_size=8192)
     compiled = autocast(torch.compile(model, fullgraph=True))
     ids = tokens(8, 2048, device="cuda", vocab_size=8192)
     want, logits = loss_and_gradients(autocast(model), model, ids, labels=ids), ids.numel() * 8192 * 2
     for function in (autocast(model), compiled, compiled):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        loss = function(ids, labels=ids, return_logits=False).loss
-        peak = torch.cuda.max_memory_allocated() - before
+        output, peak = with_memory(partial(function, ids, labels=ids, return_logits=False))
+        loss = output.loss
         loss.backward()
         assert_same((loss.detach(), {n: p.grad for n, p in model.named_parameters()}), want, 5e-2)
         model.zero_grad()

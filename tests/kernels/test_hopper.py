@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import subprocess
 from functools import partial
@@ -48,6 +47,7 @@ from tests.kernels.triton_rule import (
     inverse_inputs,
     scale_of,
 )
+from tests.memory import with_memory
 from tests.oracle import assert_all_close, assert_close, cotangents, expected, make_inputs, on_hopper
 
 pytestmark = pytest.mark.skipif(not hopper.has_gluon(), reason="of Triton, 3.6 and 3.7 have what these kernels take")
@@ -511,15 +511,6 @@ def test_parts_of_the_backward_give_the_same_bits(monkeypatch, B, T, H, HV, K, V
     assert len(hopper.steps_of_parts(x["q"], x["v"])) > 3
     for parts in [run() for _ in range(10)]:
         assert all(map(torch.equal, whole, parts))
-
-
-def with_memory(call) -> tuple[tuple[torch.Tensor, ...], int]:
-    """What ``call`` gives, and the most memory on the way there."""
-    gc.collect()  # what dies meanwhile would count as if it had not been there
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    return result, torch.cuda.max_memory_allocated() - before
 
 
 @gpu

@@ -9,9 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gdn_ops.models import HybridConfig, HybridLM
-from gdn_ops.models.hybrid import ACTIVATION_CHECKPOINTING
 from gdn_ops.nn import SlidingWindowAttention, sliding_window_attention
+from tests.memory import with_memory
 from tests.nn import plain
 from tests.nn.samples import AGREEMENT, LAYOUTS, LENGTHS, mask, padded, rows
 from tests.oracle import DEVICES, TOLERANCE, assert_close, error
@@ -212,144 +211,6 @@ def test_packed_equals_separate(window, device):
     assert_close(y, want, tol, "y")
 
 
-FLASH = [(1, 4), (5, 4), (24, 2), (65, 1)]  # window, key heads
-
-
-def dense(q, k, v, bounds, window_size):
-    """What torch documents of ``varlen_attn``, by a dense mask: probabilities ``[H, T, T]``, and k and v with a head
-    for each of q's."""
-    token, G = torch.arange(len(q)), q.shape[1] // k.shape[1]
-    sequence = torch.searchsorted(bounds, token, right=True)
-    age = token[:, None] - token
-    seen = (sequence[:, None] == sequence) & (age <= window_size[0]) & (age >= -window_size[1])
-    k, v = (y.repeat_interleave(G, 1) for y in (k, v))
-    scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[2] ** -0.5
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1), k, v
-
-
-@pytest.fixture
-def flash_on_the_cpu(monkeypatch):
-    """torch's operator behind ``varlen_attn`` with kernels for the CPU, as if it had some; counts their calls."""
-    calls = {"forward": 0, "backward": 0}
-
-    def forward(q, k, v, bounds, bounds_k, T, T_k, is_causal, scale, window_size, *other):
-        assert bounds.dtype == torch.int32 and torch.equal(bounds, bounds_k) and bounds.diff().max() <= T == T_k
-        calls["forward"] += 1
-        p, _, v = dense(q, k, v, bounds, window_size)
-        lse, seed = q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
-        return torch.einsum("hij,jhd->ihd", p, v).contiguous(), lse, seed
-
-    def backward(do, q, k, v, o, lse, bounds, *other):
-        calls["backward"] += 1
-        heads = k.shape[1]
-        p, k, v = dense(q, k, v, bounds, next(x for x in other if isinstance(x, list)))
-        dp = torch.einsum("ihd,jhd->hij", do, v)
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * q.shape[2] ** -0.5
-        dk, dv = torch.einsum("hij,ihd->jhd", ds, q), torch.einsum("hij,ihd->jhd", p, do)
-        dk, dv = (y.unflatten(1, (heads, -1)).sum(2) for y in (dk, dv))
-        return tuple(y.contiguous() for y in (torch.einsum("hij,jhd->ihd", ds, k), dk, dv))
-
-    monkeypatch.setattr(sliding_window_attention, "_has_flash", lambda q: True)
-    with torch.library._scoped_library("torch_attn", "IMPL") as library:
-        library.impl("_varlen_attn", forward, "CPU")
-        library.impl("_varlen_attn_backward", backward, "CPU")
-        yield calls
-
-
-@pytest.mark.parametrize("window, num_kv_heads", FLASH)
-@pytest.mark.parametrize("bounds", [None, [0, 9, 9, 75, 140]])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_what_flash_attention_is_asked_for(compiled, bounds, window, num_kv_heads, flash_on_the_cpu):
-    """Values and gradients of rows and packed sequences of any length."""
-    layer, x = make(window, num_kv_heads), make_input(2, 70)
-    x = (x if bounds is None else x.flatten(0, 1)[None]).requires_grad_()
-    bounds = None if bounds is None else torch.tensor(bounds)
-    parts = x.split(x.shape[1] if bounds is None else bounds.diff().tolist(), 1)
-    want = torch.cat([plain.sliding_window_attention(layer, plain.wide(layer), part) for part in parts], 1)
-    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
-    y, _ = call(x, cu_seqlens=bounds)
-    dy = make_input(*x.shape[:2], seed=2)
-    assert_close(y, want, 1e-11, "y")
-    if window > 1:
-        assert_close(*(torch.autograd.grad(z, x, dy)[0] for z in (y, want)), 1e-11, "dx")
-        assert flash_on_the_cpu == {"forward": 1, "backward": 1}
-
-
-@pytest.mark.parametrize("kind", ACTIVATION_CHECKPOINTING)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_flash_attention_under_checkpointing(compiled, kind, flash_on_the_cpu):
-    """The same gradients; elementwise checkpointing keeps what it gave."""
-    torch.manual_seed(0)
-    model = HybridLM(HybridConfig.preset("tiny", num_hidden_layers=1, pattern="S", window=9)).double()
-    ids = torch.randint(256, (2, 70), generator=torch.Generator().manual_seed(0))
-    want = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
-    flash_on_the_cpu.update(forward=0, backward=0)
-    model.activation_checkpointing = kind
-    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-    got = torch.autograd.grad(call(ids, labels=ids).loss, list(model.parameters()))
-    assert all(error(a, b) < 1e-11 for a, b in zip(got, want))
-    assert flash_on_the_cpu == {"forward": 1 if kind in ("none", "elementwise") else 2, "backward": 1}
-
-
-def test_flash_attention_is_for_no_state_and_no_export(flash_on_the_cpu):
-    layer, x = make(5), make_input(2, 70)
-    layer(x, output_state=True)
-    layer(x, state=layer.init_state(2))
-    torch.export.export(layer, (x,), strict=False)
-    assert not any(flash_on_the_cpu.values())
-
-
-@pytest.mark.parametrize(
-    "capability, hip, enabled, widest",
-    [
-        ((9, 0), None, True, 256),
-        ((8, 0), None, True, 256),
-        ((8, 9), None, True, 192),
-        ((12, 0), None, True, 192),
-        ((7, 5), None, True, 0),
-        ((9, 0), None, False, 0),
-        ((9, 4), "7.0", True, 0),
-    ],
-)
-def test_which_cards_have_flash_attention(monkeypatch, capability, hip, enabled, widest):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: enabled)
-    assert sliding_window_attention._widest_flash_head(torch.device("cuda")) == widest
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("window, num_kv_heads", FLASH)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("compiled, head_dim", [(False, 16), (True, 16), (False, 256)])
-@pytest.mark.parametrize("bounds", [None, [0, 9, 9, 75, 140]])
-def test_flash_attention(bounds, compiled, head_dim, dtype, window, num_kv_heads, monkeypatch):
-    """Values and gradients, rows and packed."""
-    layer = make(window, num_kv_heads, dtype, "cuda", head_dim=head_dim)
-    x = make_input(2, 70, dtype=dtype, device="cuda")
-    asked = []
-    flash = sliding_window_attention._flash
-    monkeypatch.setattr(sliding_window_attention, "_flash", lambda *a: asked.append(a) or flash(*a))
-    x = x if bounds is None else x.flatten(0, 1)[None]
-    x.requires_grad_()
-    cu_seqlens = None if bounds is None else torch.tensor(bounds, device="cuda")
-    call = torch.compile(layer, fullgraph=True) if compiled else layer
-    y, _ = call(x, cu_seqlens=cu_seqlens)
-    dy = make_input(*x.shape[:2], dtype=dtype, device="cuda", seed=2)
-    y.backward(dy)
-    assert asked
-    weights, x_wide = plain.wide(layer), x.detach().cpu().double().requires_grad_()
-    parts = x_wide.split(x.shape[1] if bounds is None else torch.tensor(bounds).diff().tolist(), 1)
-    want = torch.cat([plain.sliding_window_attention(layer, weights, part) for part in parts], 1)
-    want.backward(dy.cpu().double())
-    assert_close(y, want, 3 * TOLERANCE[dtype].values, "y")
-    if window > 1:
-        assert_close(x.grad, x_wide.grad, 3 * TOLERANCE[dtype].grads, "dx")
-        for name, p in layer.named_parameters():
-            assert_close(p.grad, weights[name].grad, 3 * TOLERANCE[dtype].grads, "d" + name)
-
-
 class LargestResult(TorchDispatchMode):
     """The size of the largest tensor that any operator returns while it is on."""
 
@@ -381,10 +242,8 @@ def test_memory_on_cuda():
     """The paper's window over 32768 tokens, where a dense mask and scores alone would take 8 GiB."""
     layer = SlidingWindowAttention(256, 4, 2, window=2048).to("cuda", torch.bfloat16)
     x = torch.randn(1, 32768, 256, device="cuda", dtype=torch.bfloat16)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    layer(x)
-    assert torch.cuda.max_memory_allocated() - before < 4 * 2**30
+    _, peak = with_memory(lambda: layer(x))
+    assert peak < 4 * 2**30
 
 
 @pytest.mark.parametrize(
