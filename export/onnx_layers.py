@@ -8,6 +8,8 @@ The numbers are proved on the whole file.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from typing import Any
 
 import onnx_ir as ir
@@ -65,8 +67,18 @@ def language_model(item: Plan, target: str) -> tuple[ir.Model, dict[str, Any]]:
 
 
 def kinds(layers: nn.ModuleList) -> list[int]:
-    """For each layer the number of the first that differs from it in nothing but the values of its weights."""
-    return [next(j for j, other in enumerate(layers) if _alike(layer, other)) for layer in layers]
+    """For each layer the number of the first that differs from it in nothing but the values of its weights.
+
+    A layer that shares some of them with another is a kind of its own: the trace has a weight once, by one name.
+    """
+    tensors = {layer: {id(x) for x in (*layer.parameters(), *layer.buffers())} for layer in layers}
+    owners = Counter(itertools.chain(*tensors.values()))
+    sharing = {layer for layer, own in tensors.items() if any(owners[x] > 1 for x in own)}
+
+    def alike(a: nn.Module, b: nn.Module) -> bool:
+        return a is b or (not {a, b} & sharing and _alike(a, b))
+
+    return [next(j for j, other in enumerate(layers) if alike(layer, other)) for layer in layers]
 
 
 def _alike(a: nn.Module | None, b: nn.Module | None) -> bool:

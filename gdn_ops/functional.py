@@ -53,6 +53,13 @@ def _state_shape(q, v, state_v_first):
     return (v.shape[2], V, K) if state_v_first else (v.shape[2], K, V)
 
 
+def _scale(scale: float | None, q: Tensor) -> float:
+    try:
+        return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"scale: expected a number or None, got {scale!r}") from None
+
+
 def _run(op, q, k, v, gates, scale, initial_state, output_final_state, state_v_first, cu_seqlens):
     """``gates`` are the operator's inputs after v: g and beta, or g alone."""
     if initial_state is not None:
@@ -60,7 +67,7 @@ def _run(op, q, k, v, gates, scale, initial_state, output_final_state, state_v_f
         validation.state(initial_state, "initial_state", (N, *_state_shape(q, v, state_v_first)), q, "q")
         initial_state = initial_state.mT if state_v_first else initial_state
         initial_state = initial_state.to(state_dtype(q))
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _scale(scale, q)
     o, final_state = op(q, k, v, *gates, initial_state, cu_seqlens, scale, output_final_state)
     if not output_final_state:
         return o, None
@@ -235,7 +242,7 @@ def recurrent_gated_delta_rule_(
     if token_state_indices is not None:
         validation.state_indices(token_state_indices, "token_state_indices", tuple(q.shape[:2]), q, "q")
     state = state.mT if state_v_first else state
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _scale(scale, q)
     return torch.ops.gdn.recurrent_gated_delta_rule_(
         q, k, v, g, beta, state, state_indices, token_state_indices, cu_seqlens, scale
     )

@@ -30,12 +30,20 @@ def _device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
     _expect(x.device == other.device, name, f"device {other.device} (as {other_name})", x.device)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether numbers can be read from ``x`` at no cost: not on a GPU, where that would wait for the device, and not
+    while something traces or transforms the call (``torch.compile``, ``FakeTensorMode``, ``torch.func``)."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def _cu_seqlens(cu_seqlens: Tensor, like: Tensor, name: str) -> None:
     _tensor(cu_seqlens, "cu_seqlens", 1, (torch.int32, torch.int64))
     _device(cu_seqlens, "cu_seqlens", like, name)
     _expect(like.shape[0] == 1, name, "batch size 1 with cu_seqlens", tuple(like.shape))
     _expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "at least one element", tuple(cu_seqlens.shape))
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if has_values(cu_seqlens):
         bounds = cu_seqlens.tolist()
         good = bounds[0] == 0 and bounds[-1] == like.shape[1] and bounds == sorted(bounds)
         _expect(good, "cu_seqlens", f"a non-decreasing list from 0 to T={like.shape[1]}", bounds)
@@ -81,8 +89,10 @@ def state(x: Tensor, name: str, shape: tuple, like: Tensor, like_name: str) -> N
 
 
 def pool(x: Tensor, name: str, slot: tuple, like: Tensor, like_name: str) -> None:
-    """Any number of states of shape ``slot``, on the inputs' device."""
+    """Any number of states of shape ``slot``, on the inputs' device; written, so no part of an autograd graph."""
     _tensor(x, name, len(slot) + 1)
+    asks = torch.is_grad_enabled() and x.requires_grad
+    _expect(not asks, name, "a tensor that does not require grad, for it is written in place", "one that does")
     state(x, name, (x.shape[0], *slot), like, like_name)
 
 

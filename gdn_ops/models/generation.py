@@ -51,16 +51,18 @@ def choose(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(-1)
     # The likeliest logit becomes 0 first, so that no temperature, however small, makes the largest one infinite.
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    logits, least = logits.float(), torch.finfo(torch.float32).tiny  # what is less may be 0 in fp32
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, least)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        last = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < last, -torch.inf)
     probability = logits.softmax(-1)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, index = probability.sort(dim=-1, descending=True, stable=True)
         ahead = ordered.cumsum(-1) - ordered
-        probability = torch.zeros_like(ordered).scatter(-1, index, ordered.masked_fill(ahead >= sampling.top_p, 0))
+        probability = torch.zeros_like(ordered).scatter(
+            -1, index, ordered.masked_fill(ahead >= max(sampling.top_p, least), 0)
+        )
     return torch.multinomial(probability, 1, generator=sampling.generator)[:, 0]
 
 

@@ -30,6 +30,7 @@ from gdn_ops.nn.loss import IGNORED
 from gdn_ops.nn.mixer import check_position
 from gdn_ops.nn.padding import check_rows
 from gdn_ops.ops import save_list
+from gdn_ops.validation import has_values
 
 State = dict[str, Any]
 ACTIVATION_CHECKPOINTING = ("none", "elementwise", "selective", "full")
@@ -349,7 +350,7 @@ class HybridLM(nn.Module):
             raise ValueError(f"{name}: expected at least one row and one token, got shape {tuple(ids.shape)}")
         if ids.device != self.embedding.weight.device:
             raise ValueError(f"{name}: expected device {self.embedding.weight.device}, got {ids.device}")
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if has_values(ids):
             low, high = (int(x) for x in ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 got = low if low < 0 else high
@@ -362,7 +363,7 @@ class HybridLM(nn.Module):
             raise TypeError(f"labels: expected dtype torch.int64, got {labels.dtype}")
         if labels.dim() != 2 or any(a != b for a, b in zip(labels.shape, input_ids.shape)):
             raise ValueError(f"labels: expected shape {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if has_values(labels):
             wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.config.vocab_size))]
             if wrong.numel():
                 expected = f"{IGNORED} or tokens in [0, {self.config.vocab_size})"

@@ -15,7 +15,11 @@ not see into and compiles anew for every N. Inductor's ``auto_chunker`` leaves s
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from gdn_ops.validation import has_values
 
 IGNORED = -100
 MOST_CHUNKS = 16
@@ -24,7 +28,8 @@ MOST_CHUNKS = 16
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunks: int | None = None) -> Tensor:
     """Mean of ``cross_entropy(x @ weight.T, targets)`` over the targets that are not -100; 0 if all are.
 
-    Differentiable once, with respect to ``x`` and ``weight``. The products are in the input's dtype (in autocast's,
+    Differentiable once, with respect to ``x`` and ``weight``; under the transforms of ``torch.func`` to any order, but
+    with all outputs at once. The products are in the input's dtype (in autocast's,
     under autocast), the softmax and the loss in fp32.
 
     Args:
@@ -49,7 +54,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunks: int
     if chunks is None:
         chunks = min(MOST_CHUNKS, 1 << (max(1, weight.shape[0] // (2 * weight.shape[1])).bit_length() - 1))
     rows, row_targets = x.flatten(0, -2), targets.flatten()
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if guard_or_false(rows.shape[0] < chunks):  # of a compiler's ranges, none may have parts of no rows
+        chunks = 1
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        total = F.cross_entropy(F.linear(rows, weight).float(), row_targets, ignore_index=IGNORED, reduction="sum")
+    elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         total = _LinearCrossEntropy.apply(rows, weight, row_targets, chunks)
     else:
         total = _sums(rows, weight, row_targets, chunks, gradients=False)[0]
@@ -68,7 +77,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and grad.requires_grad:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # No graph says what dx and dweight owe to x and weight, so a second derivative would lack it.
             raise RuntimeError("linear_cross_entropy: expected to be differentiated once, got create_graph=True")
         dx, dweight = ctx.saved_tensors
         return dx.to(ctx.x_dtype) * grad, dweight.to(ctx.weight_dtype) * grad, None, None
@@ -82,11 +92,11 @@ def _sums(x, weight, targets, chunks, gradients) -> tuple[Tensor, Tensor | None,
     may put off would keep every chunk's part until the end.
     """
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+    if _is_autocast(x) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     x, weight = x.to(dtype), weight.to(dtype)
     vocabulary = torch.arange(weight.shape[0], device=x.device)
-    size, total, dx, dweight = x.shape[0] // chunks, torch.zeros((), device=x.device), [], None
+    size, total, dx, dweight = x.shape[0] // chunks, torch.zeros((), device=x.device, dtype=torch.float32), [], None
     for i in range(chunks):
         here = slice(i * size, None if i == chunks - 1 else (i + 1) * size)
         x_nd, target = x[here], targets[here, None]
@@ -103,12 +113,20 @@ def _sums(x, weight, targets, chunks, gradients) -> tuple[Tensor, Tensor | None,
     return (total, torch.cat(dx), dweight) if gradients else (total, None, None)
 
 
+def _is_autocast(x: Tensor) -> bool:
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def _check(x: Tensor, weight: Tensor, targets: Tensor, chunks: int | None) -> None:
     for name, y in (("x", x), ("weight", weight), ("targets", targets)):
         if not isinstance(y, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(y).__name__}")
     if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"weight: expected [V, D] for x [..., D], got {tuple(weight.shape)} and {tuple(x.shape)}")
+    if not x.is_floating_point() or not weight.is_floating_point():
+        raise TypeError(f"x, weight: expected floating dtypes, got {x.dtype} and {weight.dtype}")
+    if x.dtype != weight.dtype and not _is_autocast(x):
+        raise TypeError(f"weight: expected dtype {x.dtype} (as x), got {weight.dtype}")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets: expected dtype torch.int64, got {targets.dtype}")
     if targets.dim() != x.dim() - 1 or any(a != b for a, b in zip(targets.shape, x.shape)):
@@ -117,3 +135,7 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, chunks: int | None) -> No
         raise TypeError(f"chunks: expected an integer, got {chunks!r}")
     if chunks is not None and chunks < 1:
         raise ValueError(f"chunks: expected at least 1, got {chunks}")
+    if has_values(targets):
+        wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= weight.shape[0]))]
+        if wrong.numel():
+            raise ValueError(f"targets: expected {IGNORED} or numbers in [0, {weight.shape[0]}), got {int(wrong[0])}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gdn_ops.functional import causal_conv1d
-from gdn_ops.nn.padding import Padding, check_hidden_states, check_rows
+from gdn_ops.nn.padding import Padding, check_hidden_states, check_rows, real_tokens
 from gdn_ops.validation import state as check_state
 
 STEP_RANGE = (1e-3, 1e-1)
@@ -90,11 +90,15 @@ class Mixer(nn.Module):
         check_rows(hidden_states, "hidden_states", attention_mask, lengths, cu_seqlens)
         output_state = output_state or state is not None
         self._check_call(state, hidden_states, cu_seqlens, output_state)
-        if attention_mask is None:
-            return self._mix(hidden_states, lengths, state, cu_seqlens, output_state)
-        padding = Padding.of(attention_mask)
-        y, state = self._mix(padding.compact(hidden_states), padding.lengths, state, None, output_state)
-        return padding.restore(y), state
+        padding = None
+        if attention_mask is not None:
+            padding = Padding.of(attention_mask)
+            hidden_states, lengths = padding.compact(hidden_states), padding.lengths
+        if lengths is not None:  # what is no number at padding would be none in a sum either, times 0 or not
+            real = real_tokens(lengths, hidden_states.shape[1])
+            hidden_states = hidden_states.masked_fill(~real[:, :, None], 0)
+        y, state = self._mix(hidden_states, lengths, state, cu_seqlens, output_state)
+        return y if padding is None else padding.restore(y), state
 
     def _check_call(self, state, hidden_states, cu_seqlens, output_state) -> None:
         """ValueError or TypeError unless ``state``, if given, is one of this mixer's, of the rows' number."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.validation import _cu_seqlens as check_cu_seqlens
+from gdn_ops.validation import has_values
 
 
 class Padding(NamedTuple):
@@ -34,7 +35,7 @@ class Padding(NamedTuple):
         """
         real = attention_mask != 0
         rank_real, rank_padding = real.long().cumsum(1), (~real).long().cumsum(1)
-        lengths = rank_real[:, -1]
+        lengths = real.long().sum(1)
         slot = torch.where(real, rank_real - 1, lengths[:, None] + rank_padding - 1)
         token = torch.arange(real.shape[1], device=real.device).expand_as(slot)
         return cls(slot, torch.zeros_like(slot).scatter(1, slot, token), lengths)
@@ -87,7 +88,8 @@ def check_rows(rows: Tensor, name_of_rows: str, attention_mask, lengths, cu_seql
             raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
         if x.device != rows.device:
             raise ValueError(f"{name}: expected device {rows.device}, got {x.device}")
-    if lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if lengths is not None and has_values(lengths):
+        lengths = lengths.long()  # T may be more than a narrower dtype holds
         wrong = lengths[(lengths < 0) | (lengths > T)]
         if wrong.numel():
             raise ValueError(f"lengths: expected numbers of tokens in [0, {T}], got {int(wrong[0])}")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from gdn_ops.ops.flops import register_flops
 
@@ -35,7 +37,8 @@ def register(
     arguments, says that there are kernels that no graph can hold and that are worth it.
     ``backward`` is ``(backward, setup_context)``; without it, a backward pass through the operator raises
     ``NotImplementedError``. ``autocast`` gives the positions cast to the autocast dtype: gates
-    and states stay as they are, which is why torch's own all-tensors rule is not used.
+    and states stay as they are, which is why torch's own all-tensors rule is not used. What an operator does inside is
+    never cast, in backward passes neither.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -46,9 +49,8 @@ def register(
     op = getattr(torch.ops.gdn, name).default
     torch.library.register_torch_dispatch(f"gdn::{name}", FunctionalTensorMode, trace, lib=LIBRARY)
     LIBRARY.impl(name, _autograd_rule(op, *(backward or (None, None))), "Autograd", with_keyset=True)
-    if autocast:
-        for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            LIBRARY.impl(name, _autocast_rule(op, device, autocast), key)
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        LIBRARY.impl(name, _autocast_rule(op, device, autocast), key)
     if flops is not None:
         register_flops(getattr(torch.ops.gdn, name), flops)
     if vmap is not None:
@@ -107,14 +109,18 @@ def _is_packaging() -> bool:
 def _autograd_rule(op: torch._ops.OpOverload, backward: Callable | None, setup_context: Callable | None) -> Callable:
     """An autograd rule that, unlike ``torch.library.register_autograd``'s, works under ``torch.func`` transforms too.
 
-    The dispatcher has already separated the levels of transforms when it comes here, so the function is applied at this
-    one level; ``Function.apply`` itself would start over from the outermost.
+    The dispatcher has already separated the levels of transforms when it comes here, so the function is of one level;
+    an ``autograd.Function`` would start over from the outermost.
     """
 
-    class Rule(torch.autograd.Function):
+    class Rule(_SingleLevelFunction):
+        _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
+
         @staticmethod
         def forward(ctx, keyset, *args):
-            with torch._C._AutoDispatchBelowAutograd():
+            # A function runs its forward without gradients, but levels further out may want theirs.
+            graded = torch.set_grad_enabled(ctx is not None or torch.is_grad_enabled())
+            with graded, torch._C._AutoDispatchBelowAutograd():
                 result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
             if ctx is not None and setup_context is not None:
                 setup_context(ctx, args, result)
@@ -128,14 +134,26 @@ def _autograd_rule(op: torch._ops.OpOverload, backward: Callable | None, setup_c
                 )
             return (None, *backward(ctx, *grads))
 
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise NotImplementedError(f"{op.name()} has no forward-mode gradient: gdn_ops.reference has")
+
     def rule(keyset, *args):
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
-            with enable_single_level_autograd_function():
-                return super(torch.autograd.Function, Rule).apply(keyset, *args)
-        return Rule.forward(None, keyset, *args)
+            recorded = True
+        else:
+            recorded = forward_ad._current_level >= 0 and any(map(_has_tangent, args))
+        if not recorded:
+            return Rule.forward(None, keyset, *args)
+        with enable_single_level_autograd_function():
+            return Rule.apply(keyset, *args)
 
     Rule.__name__ = Rule.__qualname__ = f"{op._opname}_autograd"
     return rule
+
+
+def _has_tangent(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _autocast_rule(op: torch._ops.OpOverload, device: str, positions: Sequence[int]) -> Callable:

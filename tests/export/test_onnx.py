@@ -283,6 +283,16 @@ def test_a_layer_of_another_kind_is_traced_itself(tmp_path):
     assert all(module.training for module in model.modules()), "the model is not as it was"
 
 
+def test_layers_that_share_weights_keep_their_own(tmp_path):
+    """What two layers of different kinds share has one name in the trace; a third, like one of them, has its own."""
+    model = make("GSGS", torch.float32, num_hidden_layers=4)
+    model.layers[1].mlp = model.layers[0].mlp
+    assert kinds(model.layers) == [0, 1, 2, 3]
+    assert export_onnx(model, tmp_path / "out", "portable").report["passed"]
+    model.layers[2] = model.layers[0]
+    assert kinds(model.layers) == [0, 1, 0, 3]
+
+
 def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr("gdn_ops.export.onnx.LARGE", 1000)
     model = make("G", torch.float32)

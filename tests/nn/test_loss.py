@@ -121,9 +121,42 @@ def test_twice_the_same_bits_checkpointed_too():
 
 def test_second_derivatives_are_refused():
     x, weight, targets = samples(9)
-    value = linear_cross_entropy(x, weight, targets)
-    with pytest.raises(RuntimeError, match="expected to be differentiated once, got create_graph=True"):
-        torch.autograd.grad(value.square(), x, create_graph=True)
+    for value in (linear_cross_entropy(x, weight, targets), linear_cross_entropy(x, weight, targets).square()):
+        with pytest.raises(RuntimeError, match="expected to be differentiated once, got create_graph=True"):
+            torch.autograd.grad(value, x, create_graph=True)
+
+
+def test_transforms_of_torch_func():
+    """Per-sample gradients and a Hessian: as of the cross-entropy of all logits."""
+    x, weight, targets = (y.detach() for y in samples(4, 6))
+
+    def plain(x, weight, targets):
+        return F.cross_entropy(x @ weight.T, targets)
+
+    def per_sample(f):
+        return torch.vmap(torch.func.grad(f, (0, 1)), (0, None, 0))(x, weight, targets)
+
+    def hessian(f):
+        return torch.func.hessian(f)(x[0], weight, targets[0])
+
+    for transform in (per_sample, hessian):
+        for got, want in zip(transform(linear_cross_entropy), transform(plain)):
+            assert_close(got, want, 1e-5, "derivative")
+
+
+def test_shapes_without_numbers():
+    with torch.device("meta"):
+        value = linear_cross_entropy(torch.randn(3, 8), torch.randn(20, 8), torch.zeros(3, dtype=torch.int64))
+    assert value.shape == () and value.dtype == torch.float32
+
+
+def test_the_loss_is_fp32_whatever_the_default_dtype():
+    x, weight, targets = samples(9)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert linear_cross_entropy(x, weight, targets).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class Largest(TorchDispatchMode):
@@ -157,6 +190,13 @@ REFUSED = {
     ),
     "targets shape": (ValueError, (X, WEIGHT, TARGETS[:1]), r"targets: expected shape \(2, 3\), got \(1, 3\)"),
     "targets dtype": (TypeError, (X, WEIGHT, TARGETS.int()), r"targets: expected dtype torch\.int64, got torch\.int32"),
+    "targets range": (ValueError, (X, WEIGHT, TARGETS + V), r"targets: expected -100 or numbers in \[0, 300\), got 3"),
+    "dtypes": (
+        TypeError,
+        (X, WEIGHT.double(), TARGETS),
+        r"weight: expected dtype torch\.float32 \(as x\)",
+    ),
+    "integers": (TypeError, (X.long(), WEIGHT, TARGETS), r"x, weight: expected floating dtypes, got torch\.int64"),
     "chunks": (ValueError, (X, WEIGHT, TARGETS, 0), "chunks: expected at least 1, got 0"),
     "chunks type": (TypeError, (X, WEIGHT, TARGETS, 2.0), "chunks: expected an integer, got 2.0"),
 }
