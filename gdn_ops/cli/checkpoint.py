@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gdn_ops.cli.errors import UserError, at_the_door
 from gdn_ops.cli.folders import sync
@@ -67,31 +67,31 @@ def save(run: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Op
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load(path: Path, device: torch.device) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The model and the rest of the state (on the CPU) of one checkpoint."""
-    import torch
-
+def load(path: Path, device: torch.device) -> torch.nn.Module:
+    """The model of one checkpoint."""
     from gdn_ops.models import HybridLM
 
     with at_the_door("--out"):
-        model = HybridLM.from_pretrained(path, device=device)
-    try:
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated archives, missing files and foreign pickles raise many kinds
-        line = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--out: expected a whole checkpoint in {path}, got: {line} (remove it to go without)"
-        ) from error
-    return model, state
+        return HybridLM.from_pretrained(path, device=device)
 
 
-def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> int:
+def restore(path: Path, optimizer: torch.optim.Optimizer) -> int:
     """Puts the optimizer and the random states where they were; returns the step."""
     import torch
 
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"]["cpu"])
-    cuda = state["random"].get("cuda", [])
-    if len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda)
+    try:
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"]["cpu"])
+        cuda = state["random"].get("cuda", [])
+        if len(cuda) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(cuda)
+        if state["step"] != _step(path):
+            raise ValueError(f"step {state['step']}")
+    except torch.OutOfMemoryError:  # no fault of the checkpoint
+        raise
+    except Exception as error:  # truncated archives, missing files and foreign pickles raise many kinds
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        whole = f"--out: expected a whole checkpoint in {path}"
+        raise UserError(f"{whole}, got {STATE} with {line} (remove that folder to go without)") from error
     return state["step"]

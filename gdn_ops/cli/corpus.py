@@ -46,20 +46,29 @@ def standard_library() -> list[Document]:
     return kept
 
 
-def documents(paths: list[Path]) -> list[Document]:
-    """Each file as it is, and of each folder every file that holds text (UTF-8 without NUL), hidden ones left out."""
-    found = []
+def documents(paths: list[Path], out: Path) -> list[Document]:
+    """Each file as it is, and of each folder every file that holds text (UTF-8 without NUL), hidden ones left out.
+
+    So are those in ``out``, the run's own folder.
+    """
+    found, real = [], os.path.realpath(out)
     for path in paths:
+        if _in(real, path):
+            raise UserError(f"--data: expected text outside of --out {out}, got {path}")
         if path.is_dir():
-            inside = [Document(name, file) for name, file in _below(path) if _is_text(file)]
+            inside = [Document(name, file) for name, file in _below(path) if not _in(real, file) and _is_text(file)]
             if not inside:
-                raise UserError(f"--data: expected text files in the folder {path}, got none")
+                raise UserError(f"--data: expected text files in the folder {path} (outside of --out), got none")
             found += inside
         elif path.is_file():
             found.append(Document(path.name, path))
         else:
             raise UserError(f"--data: expected a file or folder, got {path}, which does not exist")
     return found
+
+
+def _in(folder: str, path: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(folder)
 
 
 def _below(root: Path) -> Iterator[tuple[str, Path]]:
@@ -72,13 +81,17 @@ def _below(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _is_text(path: Path) -> bool:
+    """Reads all of it: ``tokens.bin`` of another run, for one, is text up to the end of its first document."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     with at_the_door("--data"), open(path, "rb") as file:
-        head = file.read(8192)
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # a character cut at the end is no error
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in head
+        try:
+            while block := file.read(PIECE):
+                if "\0" in decoder.decode(block):
+                    return False
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
 
 
 def in_order(found: list[Document]) -> list[Document]:
@@ -153,10 +166,11 @@ def tokenize(
     path, description = folder / FILE, folder / DESCRIPTION
     try:
         known = json.loads(description.read_text())
-    except (OSError, ValueError):
-        known = {}
-    fresh = known.get("digest") != identity or not path.is_file()
-    if fresh or path.stat().st_size != known["count"] * np.dtype(known["dtype"]).itemsize:
+        size = known["count"] * np.dtype(known["dtype"]).itemsize
+        whole = known["digest"] == identity and path.stat().st_size == size
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
         known = _write(found, identity, text, path)
         write_file(description, json.dumps(known).encode() + b"\n")
         report(f"data: {known['documents']} documents, {known['count']:,} tokens")

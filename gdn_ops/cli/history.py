@@ -18,10 +18,10 @@ FILE, CURVE = "train.jsonl", "loss.png"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The log's objects in order; a line cut short by a kill ends it."""
+    """The log's objects in order; a line that is cut short or damaged ends it."""
     entries = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
                 entry["step"]

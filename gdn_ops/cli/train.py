@@ -94,7 +94,7 @@ def command(
     config = _config(preset, set_ or [], text)
     if compile_:
         _check_compiler(chosen.type)
-    found = corpus.documents(data) if data else corpus.standard_library()
+    found = corpus.documents(data, out) if data else corpus.standard_library()
     recipe = training.Recipe(
         config=config, data=corpus.digest(found, text), steps=steps, batch_size=batch_size, accumulate=accumulate,
         seq_len=seq_len, lr=lr, warmup=min(1000, steps // 10) if warmup is None else warmup, weight_decay=weight_decay,

@@ -83,11 +83,13 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def enter(folder: Path, recipe: Recipe, resume: bool | None) -> Path | None:
     """Checks that ``folder`` is free or holds a run of this very recipe; returns the checkpoint to go on from."""
-    path, newest = folder / RECIPE, checkpoint.newest(folder)
+    path, kept, newest = folder / RECIPE, folder / checkpoint.FOLDER, checkpoint.newest(folder)
     if not path.is_file():
         others = [name for name in (p.name for p in folder.iterdir()) if name != LOCK]
         if others:
             raise UserError(f"--out: expected a new or empty folder or an earlier run, got {folder} with {others[0]}")
+    if kept.exists() and not kept.is_dir():
+        raise UserError(f"--out: expected a folder of checkpoints, got the file {kept}")
     if newest is None:  # nothing has been learnt here that another recipe could contradict
         if resume:
             raise UserError(f"--resume: expected a run with a checkpoint in {folder}, got none")
@@ -103,6 +105,8 @@ def enter(folder: Path, recipe: Recipe, resume: bool | None) -> Path | None:
         raise UserError(f"--out: expected {path} to describe a run, got {error!r}") from error
     if not known:
         raise UserError(f"--out: expected format {FORMAT} {VERSION} in {path}, got another")
+    if not isinstance(earlier.get("config"), dict):
+        raise UserError(f"--out: expected the fields of a model as config in {path}, got {earlier.get('config')!r}")
     _same(folder, earlier, json.loads(json.dumps(asdict(recipe))))
     return newest
 
@@ -110,7 +114,7 @@ def enter(folder: Path, recipe: Recipe, resume: bool | None) -> Path | None:
 def _same(folder: Path, earlier: dict[str, Any], recipe: dict[str, Any]) -> None:
     if earlier.get("data") != recipe["data"]:
         raise UserError(f"--data, --tokenizer: expected the text and tokenizer of the run in {folder}, got others")
-    before, now = earlier.get("config", {}), recipe["config"]
+    before, now = earlier["config"], recipe["config"]
     pairs = [(f"--preset, --set: {name}", before.get(name), now.get(name)) for name in {**before, **now}]
     pairs += [("--" + name.replace("_", "-"), earlier.get(name), now) for name, now in recipe.items()]
     for name, old, new in pairs:
@@ -156,9 +160,9 @@ class Run:
             self.model = HybridLM(HybridConfig.from_dict(recipe.config)).to(session.device)
             self.optimizer = make_optimizer(self.model, recipe)
         else:
-            self.model, state = checkpoint.load(start, session.device)
+            self.model = checkpoint.load(start, session.device)
             self.optimizer = make_optimizer(self.model, recipe)
-            self.step = checkpoint.restore(state, self.optimizer)
+            self.step = checkpoint.restore(start, self.optimizer)
         self.model.activation_checkpointing = session.checkpointing
         self.model.train()
         self.loss_of = loss_function(self.model)

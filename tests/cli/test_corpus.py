@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def tokens_of(found, folder, report=lambda line: None):
 
 
 def test_documents_are_all_there_once_and_in_one_order(corpus, tmp_path):
-    found = corpora.documents([corpus])
+    found = corpora.documents([corpus], tmp_path)
     assert sorted(x.name for x in found) == ["0.txt", "2.txt", "4.txt", "inner/1.txt", "inner/3.txt", "inner/5.txt"]
     tokens = bytes(tokens_of(found, tmp_path))
     documents = tokens.split(b"\0")
@@ -42,15 +43,21 @@ def test_tokens_are_made_once_and_again_when_the_text_changes(corpus, tmp_path):
     text, folder, told = tmp_path / "text", tmp_path / "run", []
     shutil.copytree(corpus, text)
     folder.mkdir()
-    first = np.array(tokens_of(corpora.documents([text]), folder, told.append))
-    again = np.array(tokens_of(corpora.documents([text]), folder, told.append))
+    first = np.array(tokens_of(corpora.documents([text], folder), folder, told.append))
+    again = np.array(tokens_of(corpora.documents([text], folder), folder, told.append))
     assert np.array_equal(first, again) and len(told) == 1
     (text / "0.txt").write_text("another text")
-    assert len(tokens_of(corpora.documents([text]), folder, told.append)) < len(first) and len(told) == 2
+    assert len(tokens_of(corpora.documents([text], folder), folder, told.append)) < len(first) and len(told) == 2
     description = json.loads((folder / "tokens.json").read_text())
     with open(folder / "tokens.bin", "ab") as file:
         file.write(b"torn")
-    assert len(tokens_of(corpora.documents([text]), folder, told.append)) == description["count"] and len(told) == 3
+    found = corpora.documents([text], folder)
+    assert len(tokens_of(found, folder, told.append)) == description["count"] and len(told) == 3
+    del description["count"]
+    for damaged in ("[]", "null", "{", json.dumps(description)):
+        (folder / "tokens.json").write_text(damaged)
+        told.clear()
+        assert len(tokens_of(found, folder, told.append)) == (folder / "tokens.bin").stat().st_size and len(told) == 1
 
 
 def test_windows_depend_on_seed_and_step_alone():
@@ -84,10 +91,42 @@ def test_too_little_text(count, held_out):
 
 def test_paths_that_hold_no_text(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"expected text files in the folder .*empty, got none"):
-        corpora.documents([tmp_path / "empty"])
+    out = tmp_path / "empty" / "run"
+    out.mkdir()
+    (out / "train.json").write_text("{}")
+    with pytest.raises(UserError, match=r"expected text files in the folder .*empty \(outside of --out\), got none"):
+        corpora.documents([tmp_path / "empty"], out)
+    for path in (out, out / "train.json"):
+        with pytest.raises(UserError, match=rf"--data: expected text outside of --out {out}, got {path}"):
+            corpora.documents([path], out)
     with pytest.raises(UserError, match="gone, which does not exist"):
-        corpora.documents([tmp_path / "gone"])
+        corpora.documents([tmp_path / "gone"], out)
     (tmp_path / "nothing.txt").write_text("")
     with pytest.raises(UserError, match="got 0 tokens"):
-        tokens_of(corpora.documents([tmp_path / "nothing.txt"]), tmp_path)
+        tokens_of(corpora.documents([tmp_path / "nothing.txt"], out), tmp_path)
+
+
+def test_files_of_the_run_are_no_text(corpus, tmp_path, monkeypatch):
+    """Not those in OUT, however it is written, nor links to them; a folder whose name begins as OUT's is another."""
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    before = corpora.documents([text], text / "run")
+    (text / "run" / "inner").mkdir(parents=True)
+    for name in ("train.json", "inner/text.json"):
+        (text / "run" / name).write_text("{}")
+    (text / "link.json").symlink_to(text / "run" / "train.json")
+    (tmp_path / "linked").symlink_to(text)
+    monkeypatch.chdir(text)
+    for out in (text / "run", Path("run"), Path("../text/run"), tmp_path / "linked" / "run"):
+        assert corpora.documents([text], out) == before
+    assert [x.name for x in corpora.documents([tmp_path / "linked"], Path("run"))] == [x.name for x in before]
+    assert len(corpora.documents([text], text / "ru")) == len(before) + 3
+
+
+@pytest.mark.parametrize("end", [b"\0", b"\xff", "é".encode()[:1]])
+def test_text_is_text_to_its_end(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(corpora, "PIECE", 63)
+    start = "é".encode() * 5000  # a block of 63 bytes ends within a character
+    for name, content in (("text", start), ("other", start + end)):
+        (tmp_path / name).write_bytes(content)
+    assert [x.name for x in corpora.documents([tmp_path], tmp_path / "run")] == ["text"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,9 +259,21 @@ def test_folders_that_are_not_for_us(gdn, corpus, tmp_path):
         refused(gdn, "that no other gdn train is using", *common, tmp_path / "busy")
 
 
-def test_damaged_runs_are_named(gdn, trained, corpus, tmp_path):
-    import shutil
+def test_a_run_below_its_data(gdn, corpus, tmp_path, monkeypatch):
+    """It never reads its own files: not when it goes on, and not when it starts again before a checkpoint."""
+    shutil.copytree(corpus, tmp_path / "text")
+    monkeypatch.chdir(tmp_path / "text")
+    args = ["train", *SIZES, "--data", ".", "--steps", 2, "--out", "run"]
+    assert gdn(*args, "--stop-at", 1).code == 0
+    first = Path("run/tokens.bin").read_bytes()
+    result = gdn(*args)
+    assert result.code == 0 and "continuing after step 1 of 2" in result.err, result.err
+    shutil.rmtree("run/checkpoints")
+    assert gdn(*args).code == 0 and Path("run/tokens.bin").read_bytes() == first
+    refused(gdn, "--data: expected text outside of --out run, got run", *args[1:], "--data", "run")
 
+
+def test_damaged_runs_are_named(gdn, trained, corpus, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     common = [*SIZES, "--data", corpus, "--steps", 6, "--out", run]
@@ -268,8 +282,43 @@ def test_damaged_runs_are_named(gdn, trained, corpus, tmp_path):
     refused(gdn, "expected a whole checkpoint in", *common)
     (state.parent / "model.safetensors").write_bytes(b"")
     refused(gdn, "expected a safetensors file", *common)
+    recipe = json.loads((run / "train.json").read_text())
+    (run / "train.json").write_text(json.dumps({**recipe, "config": None}))
+    refused(gdn, f"--out: expected the fields of a model as config in {run / 'train.json'}, got None", *common)
     (run / "train.json").write_text("{}")
     refused(gdn, "train.json to describe a run", *common)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").write_text("")
+    refused(gdn, f"--out: expected a folder of checkpoints, got the file {run / 'checkpoints'}", *common)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda state: {}, "KeyError: 'optimizer'"),
+        (lambda state: [], "TypeError: "),
+        (lambda state: {**state, "optimizer": {"state": {}, "param_groups": []}}, "parameter groups"),
+        (lambda state: {**state, "random": {"cpu": torch.zeros(3, dtype=torch.uint8)}}, "RNG state"),
+        (lambda state: {**state, "step": 5}, "step 5"),
+    ],
+)  # fmt: skip
+def test_a_damaged_state_is_the_checkpoints(gdn, trained, corpus, tmp_path, damage, told):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-00000006"
+    torch.save(damage(torch.load(path / "training.pt")), path / "training.pt")
+    args = [*SIZES, "--data", corpus, "--steps", 6, "--out", tmp_path / "run"]
+    result = refused(gdn, f"gdn: --out: expected a whole checkpoint in {path}, got training.pt with ", *args)
+    assert told in result.err.splitlines()[-1]
+
+
+def test_a_log_ends_where_it_is_damaged(gdn, trained, corpus, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with open(run / "train.jsonl", "ab") as file:
+        file.write(b'{"step": 7, "\xff\xfe')
+    assert losses(run) == losses(trained)
+    result = gdn("train", *SIZES, "--data", corpus, "--steps", 6, "--out", run)
+    assert result.code == 0 and (run / "train.jsonl").read_bytes() == (trained / "train.jsonl").read_bytes()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(gdn, corpus, tmp_path, monkeypatch):
