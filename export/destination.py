@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,44 +24,57 @@ def may_be_replaced(folder: Path) -> bool:
 
 
 def check_destination(out_dir: Path) -> None:
-    """ValueError unless ``out_dir`` is new, empty, or an earlier export."""
-    if out_dir.is_dir():
-        if not may_be_replaced(out_dir):
+    """ValueError unless ``out_dir`` is new, empty, or an earlier export, itself or where it links to."""
+    place = _place(out_dir)
+    if place.is_dir():
+        if not may_be_replaced(place):
             raise ValueError(
                 f"out_dir: expected a new or empty folder or a previous export, got {out_dir} with other files"
             )
-    elif out_dir.exists():
+    elif os.path.lexists(place):
         raise ValueError(f"out_dir: expected a folder, got the file {out_dir}")
+    parent = next(path for path in place.parents if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"out_dir: expected a folder that can be made, got {out_dir} below the file {parent}")
 
 
 @contextlib.contextmanager
 def replacing(out_dir: Path) -> Iterator[Path]:
     """Gives an empty folder beside ``out_dir`` that takes its place at the end, or is removed after an error.
 
-    A kill between the two renames of a replacement leaves the old folder beside ``out_dir``, under a name that begins
-    with ``.<name>.old``.
+    A link is followed: it stays, and what it names is replaced or made. What :func:`check_destination` refuses at the
+    end is kept, with its ValueError. A kill between the two renames of a replacement leaves the old folder beside
+    ``out_dir``, under a name that begins with ``.<name>.old``.
     """
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    place = _place(out_dir)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     try:
         yield work
         work.chmod(0o755)
-        _replace(work, out_dir)
+        check_destination(place)  # once more: others may have written there during the work
+        _replace(work, place)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
 
 
-def _replace(work: Path, out_dir: Path) -> None:
-    if not out_dir.exists():
-        work.rename(out_dir)
+def _place(out_dir: Path) -> Path:
+    """Where the folder is or will be, without links; ``Path.resolve`` raises RuntimeError for a circle of them."""
+    return Path(os.path.realpath(out_dir))
+
+
+def _replace(work: Path, place: Path) -> None:
+    if not place.exists():
+        work.rename(place)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.old.", dir=out_dir.parent))
-    out_dir.rename(old / "export")
+    old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
     try:
-        work.rename(out_dir)
+        place.rename(old / "export")
+        work.rename(place)
     except BaseException:
-        (old / "export").rename(out_dir)
+        if (old / "export").exists():
+            (old / "export").rename(place)
+        old.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

@@ -107,7 +107,7 @@ def command(
     from gdn_ops.cli import text as texts
     from gdn_ops.cli.device import pick
     from gdn_ops.cli.folders import sync, write_file
-    from gdn_ops.export.destination import replacing
+    from gdn_ops.export.destination import check_destination, replacing
 
     engine = EngineOptions(
         runtime.value if runtime else None, compute_capabilities, max_batch, max_length, timing_cache,
@@ -124,16 +124,22 @@ def command(
         raise UserError(f"DIR: expected a trained model's folder, got the export {directory}")
     if not directory.is_dir():
         raise UserError(f"DIR: expected a trained model's folder, got {directory}, which does not exist")
-    _check_destination(out)
+    with at_the_door("--out"):
+        check_destination(out)
     model, text = loading.load_model(directory, chosen, getattr(torch, dtype.value)), texts.load(directory)
-    with replacing(out.absolute()) as work:
+    with contextlib.ExitStack() as stack:
+        with at_the_door("--out"):
+            work = stack.enter_context(replacing(out))
         with _waiting(f"exporting {model.num_parameters():,} parameters for {target.value} on {chosen.type}") as tell:
             finish = TARGETS[target](model, work, engine, tell)
-        text.save(work)
         with _waiting("measuring"):
             rows = finish(directory)
-        write_file(work / "measured.json", json.dumps([row._asdict() for row in rows], indent=2).encode() + b"\n")
-        sync(work)
+        measured = json.dumps([row._asdict() for row in rows], indent=2).encode() + b"\n"
+        with at_the_door("--out"):
+            text.save(work)
+            write_file(work / "measured.json", measured)
+            sync(work)
+            stack.close()  # only here does the work take its place
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     threads = f" (threads: {torch.get_num_threads()})" if chosen.type == "cpu" else ""
     console.print(measure.table(rows, f"{out}: {chosen.type}{threads}, {dtype.value}"), markup=False)
@@ -191,10 +197,12 @@ def _checked() -> Iterator[None]:
     from gdn_ops.export import ParityError
 
     try:
-        with at_the_door():
-            yield
+        yield
     except ParityError as error:
         raise Failure(f"the artifact does not give eager's numbers; nothing was written: {error}") from error
+    except Exception as error:
+        with at_the_door("--out" if isinstance(error, OSError) else None):  # what an exporter writes is all in OUT
+            raise
 
 
 def _rows(
@@ -225,19 +233,6 @@ TARGETS: dict[Target, Callable[[Any, Path, EngineOptions, Tell], Callable[[Path]
     Target.tensorrt: _tensorrt,
     **{target: _onnx(target.value) for target in (Target.onnx27, Target.ort, Target.portable)},
 }
-
-
-def _check_destination(out: Path) -> None:
-    """Before the work rather than after it."""
-    from gdn_ops.export.destination import may_be_replaced
-
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: expected a folder, got the file {out}")
-    if out.is_dir() and not may_be_replaced(out):
-        raise UserError(f"--out: expected a new or empty folder or an earlier export, got {out} with other files")
-    parent = next(path for path in out.absolute().parents if path.exists())
-    if not parent.is_dir():
-        raise UserError(f"--out: expected a folder that can be made, got {out} below the file {parent}")
 
 
 @contextlib.contextmanager

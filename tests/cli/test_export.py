@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,9 +11,8 @@ import gdn_ops.export
 import pytest
 import torch
 from gdn_ops.export import ParityError, verify
-from gdn_ops.export.destination import replacing
 
-from gdn_ops.cli import measure
+from gdn_ops.cli import export, folders, measure
 
 
 def test_the_table_is_what_was_measured(trained, exported):
@@ -102,8 +102,8 @@ def test_speeds_are_of_the_calls_made(monkeypatch):
         (["{exported}"], "DIR: expected a trained model's folder, got the export"),
         (["{trained}", "--target", "onyx"], "'onyx' is not one of 'aoti'"),
         (["{trained}", "--device", "tpu"], "--device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
-        (["{trained}", "--out", "{trained}"], "--out: expected a new or empty folder or an earlier export"),
-        (["{trained}", "--out", "{trained}/config.json"], "--out: expected a folder, got the file"),
+        (["{trained}", "--out", "{trained}"], "--out: out_dir: expected a new or empty folder or a previous"),
+        (["{trained}", "--out", "{trained}/config.json"], "--out: out_dir: expected a folder, got the file"),
         (["{trained}", "--out", "{trained}/config.json/out"], "got {trained}/config.json/out below the file"),
     ],
 )
@@ -122,7 +122,8 @@ def test_refusals(gdn, trained, exported, tmp_path, args, told):
     [
         (ParityError("logits are off by 0.1"), 1, "does not give eager's numbers; nothing was written: logits are off"),
         (RuntimeError("exporting needs a C++ compiler: install g++"), 2, "needs a C++ compiler: install g++"),
-        (ValueError("model: program 'step' cannot go"), 2, "model: program 'step' cannot go"),
+        (ValueError("model: program 'step' cannot go"), 2, "gdn: model: program 'step' cannot go"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "gdn: --out: [Errno 28] No space left on device"),
     ],
 )
 def test_an_export_that_fails_keeps_the_one_before(gdn, trained, exported, monkeypatch, error, code, told):
@@ -142,22 +143,75 @@ def test_an_export_runs_only_where_it_was_made_for(gdn, exported):
     assert result.code == 2 and "--device: expected cpu, which" in result.err
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "out"
-    for content in ("first", "second"):
-        with replacing(target) as work:
-            (work / "file").write_text(content)
-            assert not target.exists() or (target / "file").read_text() == "first"
-        assert (target / "file").read_text() == content
-    with pytest.raises(KeyError), replacing(target) as work:
-        raise KeyError("stop")
-    assert (target / "file").read_text() == "second" and [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_a_folder_of_something_else_is_kept_whatever_its_manifest(gdn, trained, tmp_path):
     """Many a project has a manifest.json; only an export's may be replaced."""
     (tmp_path / "manifest.json").write_text('{"name": "another project"}')
     (tmp_path / "work.txt").write_text("years of it")
     result = gdn("export", trained, "--out", tmp_path)
-    assert result.code == 2 and "--out: expected a new or empty folder or an earlier export" in result.err
+    assert result.code == 2 and "--out: out_dir: expected a new or empty folder or a previous export" in result.err
     assert (tmp_path / "work.txt").read_text() == "years of it"
+
+
+@pytest.fixture
+def exporter(monkeypatch):
+    """Puts a function of the folder in the place of what the export of ``--target aoti`` does."""
+
+    def put(write):
+        def target(model, work, engine, tell):
+            write(work)
+            return lambda directory: []
+
+        monkeypatch.setitem(export.TARGETS, export.Target.aoti, target)
+
+    return put
+
+
+def refused(result, told):
+    """With one line for what went wrong, below that of the export's start and those of its time."""
+    *before, line = result.err.splitlines()
+    assert result.code == 2 and not result.out and line.startswith(f"gdn: --out: {told}"), result.err
+    assert all(line.startswith(("exporting ", "measuring")) for line in before)
+
+
+def test_what_comes_into_the_folder_during_the_export_is_kept(gdn, trained, tmp_path, exporter):
+    out = tmp_path / "out"
+
+    def write(work):
+        out.mkdir()
+        (out / "notes.txt").write_text("precious")
+
+    exporter(write)
+    refused(gdn("export", trained, "--out", out), "out_dir: expected a new or empty folder or a previous export, got")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.read_text() for path in out.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_an_export_goes_where_a_link_leads(gdn, trained, tmp_path, exporter, earlier):
+    link, real = tmp_path / "link", tmp_path / "disk" / "real"
+    link.symlink_to("disk/real")
+    if earlier:
+        real.mkdir(parents=True)
+        (real / "manifest.json").write_text('{"format": "gdn_ops.aoti"}')
+    exporter(lambda work: (work / "new").write_text("new"))
+    assert gdn("export", trained, "--out", link).code == 0
+    assert link.is_symlink() and {path.name for path in real.iterdir()} == {"new", "text.json", "measured.json"}
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(gdn, trained, exporter):
+    exporter(lambda work: pytest.fail("the export began"))
+    result = gdn("export", trained, "--out", "/proc/out")
+    refused(result, "[Errno 2] No such file or directory: '/proc/.out.")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("step", ["write_file", "sync"])
+def test_a_disk_that_fills_leaves_nothing_behind(gdn, trained, tmp_path, exporter, monkeypatch, step):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    exporter(lambda work: None)
+    monkeypatch.setattr(folders, step, full)
+    refused(gdn("export", trained, "--out", tmp_path / "out"), "[Errno 28] No space left on device")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,109 @@
+"""The folder of an export: whole or not at all, and in the place of nothing but an earlier export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gdn_ops.export import manifest
+from gdn_ops.export.destination import check_destination, replacing
+
+OTHERS = "out_dir: expected a new or empty folder or a previous export, got .* with other files"
+
+
+def export(folder, content):
+    """An export as far as its folder is concerned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT}))
+    (folder / "file").write_text(content)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "out"
+    for content in ("first", "second"):
+        with replacing(out) as work:
+            export(work, content)
+            assert not out.exists() or (out / "file").read_text() == "first"
+        assert (out / "file").read_text() == content
+    with pytest.raises(KeyError), replacing(out) as work:
+        raise KeyError("stop")
+    assert (out / "file").read_text() == "second" and names(tmp_path) == ["out"]
+
+
+def test_what_comes_into_the_folder_during_the_work_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=OTHERS), replacing(out) as work:
+        export(work, "new")
+        out.mkdir()
+        (out / "notes").write_text("precious")
+    assert names(tmp_path) == ["out"] and names(out) == ["notes"] and (out / "notes").read_text() == "precious"
+
+
+def test_a_file_in_the_place_of_the_folder_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="out_dir: expected a folder, got the file"), replacing(out):
+        out.write_text("precious")
+    assert names(tmp_path) == ["out"] and out.read_text() == "precious"
+
+
+@pytest.mark.parametrize("refused", ["old", "new"])
+def test_an_earlier_export_stays_when_a_rename_is_refused(tmp_path, monkeypatch, refused):
+    out, rename = tmp_path / "out", Path.rename
+    export(out, "first")
+
+    def fails(self, target):
+        if (self == out) == (refused == "old") and self.name != "export":
+            raise PermissionError("no")
+        return rename(self, target)
+
+    with pytest.raises(PermissionError, match="no"), replacing(out) as work:
+        export(work, "second")
+        monkeypatch.setattr(Path, "rename", fails)
+    assert names(tmp_path) == ["out"] and (out / "file").read_text() == "first"
+
+
+def test_an_earlier_export_outlives_a_folder_made_between_the_renames(tmp_path, monkeypatch):
+    """It cannot go back, so it stays beside."""
+    out, rename = tmp_path / "out", Path.rename
+    export(out, "first")
+
+    def interfere(self, target):
+        rename(self, target)
+        if self == out:
+            out.mkdir()
+            (out / "notes").write_text("precious")
+
+    with pytest.raises(OSError, match="not empty"), replacing(out) as work:
+        export(work, "second")
+        monkeypatch.setattr(Path, "rename", interfere)
+    (old,) = tmp_path.glob(".out.old.*")
+    assert (old / "export" / "file").read_text() == "first" and names(out) == ["notes"]
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_link_stays_and_what_it_names_is_replaced_or_made(tmp_path, earlier):
+    link, real = tmp_path / "link", tmp_path / "disk" / "real"
+    link.symlink_to("disk/real")
+    if earlier:
+        export(real, "first")
+    check_destination(link)
+    with replacing(link) as work:
+        export(work, "second")
+    assert link.is_symlink() and not real.is_symlink() and (real / "file").read_text() == "second"
+    assert names(tmp_path) == ["disk", "link"] and names(tmp_path / "disk") == ["real"]
+
+
+def test_links_that_lead_to_no_folder_are_refused(tmp_path):
+    for name, target in (("circle", "circle"), ("to_file", "file"), ("below", "file/out")):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "file").write_text("mine")
+    for name in ("circle", "to_file"):
+        with pytest.raises(ValueError, match=f"out_dir: expected a folder, got the file {tmp_path / name}"):
+            check_destination(tmp_path / name)
+    with pytest.raises(ValueError, match=f"can be made, got {tmp_path}/below below the file {tmp_path}/file"):
+        check_destination(tmp_path / "below")
