@@ -113,16 +113,18 @@ def _autograd_rule(op: torch._ops.OpOverload, backward: Callable | None, setup_c
     an ``autograd.Function`` would start over from the outermost.
     """
 
+    def compute(keyset, args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
     class Rule(_SingleLevelFunction):
         _compiled_autograd_key = torch.autograd.Function._compiled_autograd_key
 
         @staticmethod
         def forward(ctx, keyset, *args):
-            # A function runs its forward without gradients, but levels further out may want theirs.
-            graded = torch.set_grad_enabled(ctx is not None or torch.is_grad_enabled())
-            with graded, torch._C._AutoDispatchBelowAutograd():
-                result = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-            if ctx is not None and setup_context is not None:
+            with torch.enable_grad():  # functions run without, but levels further out may want theirs
+                result = compute(keyset, args)
+            if setup_context is not None:
                 setup_context(ctx, args, result)
             return result
 
@@ -144,7 +146,7 @@ def _autograd_rule(op: torch._ops.OpOverload, backward: Callable | None, setup_c
         else:
             recorded = forward_ad._current_level >= 0 and any(map(_has_tangent, args))
         if not recorded:
-            return Rule.forward(None, keyset, *args)
+            return compute(keyset, args)
         with enable_single_level_autograd_function():
             return Rule.apply(keyset, *args)
 
