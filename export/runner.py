@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,46 +10,99 @@ from typing import Any
 
 import torch
 from gdn_ops.export.manifest import FORMAT, FORMAT_VERSION, FORMATS, sha256
+from gdn_ops.export.program import path_name
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+# Forms of JSON: the types of a value, or the forms of an object's fields ("*": of every one) or of a list's elements.
+FILE = {"file": (str,), "size": (int,), "sha256": (str,)}
+TENSOR = {"name": (str,), "role": (str,), "dtype": (str,), "shape": [(int, str)]}
+PROGRAM = {**FILE, "inputs": [TENSOR], "dynamic": {"*": {"min": (int,), "max": (int, type(None))}}}
+MANIFEST = {
+    "target": (str,),
+    "model": (str,),
+    "config": (dict, type(None)),
+    "device": (str,),
+    "initial_state": (dict,),
+    "programs": {"*": PROGRAM},
+}
+REPORT = {"passed": (bool,), "max_error": (int, float)}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        missing = f"expected an export with a {path.name}, got {path.parent} ({error.strerror})"
+        raise ValueError(f"out_dir: {missing}") from None
+    except ValueError as error:
+        raise ValueError(f"out_dir: expected JSON in {path}, got {error}") from error
+
+
+def _check_form(path: Path, value: Any, form: Any, name: str = "") -> None:
+    """ValueError unless what ``path`` holds under ``name`` has ``form``."""
+    kinds = form if isinstance(form, tuple) else (type(form),)
+    if not isinstance(value, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"out_dir: expected {name or 'a'} {expected} in {path}, got {value!r:.80}")
+    if isinstance(form, list):
+        for index, item in enumerate(value):
+            _check_form(path, item, form[0], f"{name}.{index}")
+    elif isinstance(form, dict):
+        for key, inner in (dict.fromkeys(value, form["*"]) if "*" in form else form).items():
+            full = f"{name}.{key}".removeprefix(".")
+            if key not in value:
+                raise ValueError(f"out_dir: expected {full} in {path}, got none")
+            _check_form(path, value[key], inner, full)
+
 
 def read_manifest(out_dir: str | Path) -> dict[str, Any]:
-    """The manifest of an export. Raises ValueError if ``out_dir`` is none, or one of a newer format."""
+    """The manifest of an export. Raises ValueError if ``out_dir`` is none, one of a newer format, or damaged."""
     path = Path(out_dir) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"out_dir: expected an export with a manifest.json, got {Path(out_dir)}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"out_dir: expected JSON in {path}, got {error}") from error
+    manifest = _read(path)
+    _check_form(path, manifest, {})
     version = manifest.get("format_version")
     if manifest.get("format") not in FORMATS or version != FORMAT_VERSION:
         got, expected = f"{manifest.get('format')} {version}", f"{' or '.join(FORMATS)} {FORMAT_VERSION}"
         raise ValueError(f"out_dir: expected format {expected} in {path}, got {got}")
+    _check_form(path, manifest, MANIFEST)
+    if "prefill" in manifest["programs"]:
+        states = [x["name"] for x in manifest["programs"]["prefill"]["inputs"] if x["role"] == "state"]
+        fills = dict.fromkeys(states, (int, float))
+        _check_form(path, manifest, {"config": {"vocab_size": (int,)}, "initial_state": fills})
     return manifest
 
 
 def verify(out_dir: str | Path) -> dict[str, Any]:
     """Checks size and SHA-256 of every file of an export and that its parity report passed; returns the manifest.
 
-    Raises ValueError naming the file that is missing or differs.
+    Raises ValueError naming the file that is missing, damaged or different.
     """
-    manifest = read_manifest(out_dir)
-    for entry in (x for program in manifest["programs"].values() for x in (program, *program.get("data", ()))):
-        path = Path(out_dir) / entry["file"]
-        if not path.is_file():
-            raise ValueError(f"out_dir: expected the file {entry['file']}, got none in {out_dir}")
-        if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
-            raise ValueError(f"{entry['file']}: expected sha256 {entry['sha256']}, got another file")
-    report = json.loads((Path(out_dir) / "parity.json").read_text())
+    manifest, path = read_manifest(out_dir), Path(out_dir) / "parity.json"
+    for name, program in manifest["programs"].items():
+        data = program.get("data", [])
+        _check_form(Path(out_dir) / "manifest.json", data, [FILE], f"programs.{name}.data")
+        for entry in (program, *data):
+            _check_file(Path(out_dir) / entry["file"], entry)
+    report = _read(path)
+    _check_form(path, report, REPORT)
     if not report["passed"]:
         raise ValueError(f"parity.json: expected a passed report, got max_error {report['max_error']}")
     return manifest
 
 
+def _check_file(path: Path, entry: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise ValueError(f"out_dir: expected the file {entry['file']}, got none in {path.parent}")
+    if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+        raise ValueError(f"{entry['file']}: expected sha256 {entry['sha256']}, got another file")
+
+
 class Package:
-    """The programs of an export: ``package.programs["prefill"](input_ids, state)``, or ``package.prefill(...)``."""
+    """The programs of an export: ``package.programs["prefill"](input_ids, state)``, or ``package.prefill(...)``.
+
+    Keyword arguments and keys of dicts are matched by name, in any order; ValueError for names that are not the traced.
+    """
 
     def __init__(self, out_dir: str | Path) -> None:
         self.manifest = verify(out_dir)
@@ -61,8 +115,25 @@ class Package:
             self.programs[name] = self._checked(name, entry, loaded)
 
     def _checked(self, name: str, entry: dict[str, Any], loaded: Callable) -> Callable:
+        spec = pytree.treespec_loads(loaded.loader.get_call_spec()[0])
+        args, kwargs = pytree.tree_unflatten(range(spec.num_leaves), spec)
+        signature = _signature(entry, args, kwargs)
+        expected = list(_by_name(signature.bind(*args, **kwargs).arguments))
+
+        def in_order(*args: Any, **kwargs: Any) -> list[Any]:
+            try:
+                given = _by_name(signature.bind(*args, **kwargs).arguments)
+            except TypeError as error:
+                raise ValueError(f"{name}: expected arguments {signature}, got others: {error}") from error
+            if given.keys() != set(expected):
+                missing = ", ".join(x for x in expected if x not in given) or "no other inputs"
+                unknown = ", ".join(x for x in given if x not in expected) or "none"
+                raise ValueError(f"{name}: expected {missing}, got {unknown}")
+            return [given[x] for x in expected]
+
         def run(*args: Any, **kwargs: Any) -> Any:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
+            leaves, given = pytree.tree_flatten((args, kwargs))
+            leaves = leaves if given == spec else in_order(*args, **kwargs)
             _check_inputs(name, entry, [x for x in leaves if torch.is_tensor(x)], self.device)
             leaves = [x.contiguous() if torch.is_tensor(x) else x for x in leaves]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
@@ -77,6 +148,11 @@ class Package:
 
     def init_state(self, batch: int) -> dict[str, Tensor]:
         """The states before the first token, by dotted name."""
+        self._program("prefill")
+        if not isinstance(batch, int) or isinstance(batch, bool):
+            raise TypeError(f"batch: expected an integer, got {type(batch).__name__}")
+        if batch < 1:
+            raise ValueError(f"batch: expected at least 1, got {batch}")
         states = [x for x in self.manifest["programs"]["prefill"]["inputs"] if x["role"] == "state"]
         return {
             x["name"]: torch.full(
@@ -91,6 +167,10 @@ class Package:
     def prefill(self, input_ids: Tensor, state: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """``input_ids [batch, T]`` int64 to ``(logits, state)``; without ``state``, from :meth:`init_state`."""
         program = self._program("prefill")
+        if not torch.is_tensor(input_ids):
+            raise TypeError(f"input_ids: expected a tensor, got {type(input_ids).__name__}")
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids: expected shape [batch, T], got {tuple(input_ids.shape)}")
         return program(input_ids, self.init_state(input_ids.shape[0]) if state is None else state)
 
     def step(self, input_ids: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -100,6 +180,21 @@ class Package:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The program of a module that is no HybridLM."""
         return self._program("forward")(*args, **kwargs)
+
+
+def _signature(entry: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> inspect.Signature:
+    """Of a program traced with ``args`` and ``kwargs``. Positions have names where the manifest tells them all."""
+    heads = dict.fromkeys("state" if x["role"] == "state" else x["name"].split(".")[0] for x in entry["inputs"])
+    kind, names = inspect.Parameter.POSITIONAL_OR_KEYWORD, list(heads)
+    if len(names) != len(args):
+        kind, names = inspect.Parameter.POSITIONAL_ONLY, [f"input_{i}" for i in range(len(args))]
+    parameters = [inspect.Parameter(name, kind) for name in names]
+    return inspect.Signature([*parameters, *(inspect.Parameter(x, inspect.Parameter.KEYWORD_ONLY) for x in kwargs)])
+
+
+def _by_name(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Every leaf by its dotted name."""
+    return {path_name(path): leaf for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]}
 
 
 def _check_inputs(program: str, entry: dict[str, Any], tensors: list[Tensor], device: torch.device) -> None:

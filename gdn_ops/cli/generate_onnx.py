@@ -32,7 +32,28 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MODEL, MANIFEST, TEXT = "model.onnx", "manifest.json", "text.json"
+TEXT_FORMAT, TEXT_VERSION = "gdn_ops.text", 1
 LARGEST_SEED = 2**63 - 1
+# Forms of JSON: the types of a value, or the forms of an object's fields ("*": of every one) or of a list's elements.
+FILE_FORM = {"file": (str,), "size": (int,), "sha256": (str,)}
+MANIFEST_FORM = {
+    "format": (str,),
+    "format_version": (int,),
+    "target": (str,),
+    "config": {"vocab_size": (int,)},
+    "initial_state": (dict,),
+    "programs": {"prefill": {**FILE_FORM, "states": {"*": (str,)}}},
+}
+TEXT_FORM = {
+    "format": (str,),
+    "version": (int,),
+    "tokenizer": (str,),
+    "vocab_size": (int,),
+    "end_of_text": (int, type(None)),
+}
+# The values that are known here, of the fields that say how to read the others.
+MANIFEST_VERSIONS = {"format": ("gdn_ops.onnx", "gdn_ops.tensorrt"), "format_version": (1,)}
+TEXT_VERSIONS = {"format": (TEXT_FORMAT,), "version": (TEXT_VERSION,)}
 
 
 class Refusal(Exception):
@@ -116,21 +137,18 @@ class Model:
         threads: of one operator; 0 leaves it to the runtime.
 
     Raises:
-        Refusal: no such file, no manifest of a language model, a file that is not the one it describes, or one that the
-            runtime cannot load.
+        Refusal: no such file, no manifest of a language model or one of another version, a file that is not the one it
+            describes, or one that the runtime cannot load.
     """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         if not path.is_file():
             raise Refusal(f"FILE: expected an exported model, got {path}, which does not exist")
-        manifest = _read(path.parent / MANIFEST, "FILE", "an export's")
-        try:
-            self.target, self.vocab_size = manifest["target"], manifest["config"]["vocab_size"]
-            program = next(iter(manifest["programs"].values()))  # the one graph, or its part that was traced for T
-            self._fills, self._outputs = dict(manifest["initial_state"]), dict(program["states"])
-            _verify(path.parent, [program, *program.get("data", ())])
-        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
-            raise Refusal(f"FILE: expected an export of a language model, got {path.parent}: {error!r}") from error
+        manifest = _read_manifest(path.parent)
+        self.target, self.vocab_size = manifest["target"], manifest["config"]["vocab_size"]
+        program = manifest["programs"]["prefill"]  # the one graph, or its part that was traced for T
+        self._fills, self._outputs = manifest["initial_state"], program["states"]
+        _verify(path.parent, [program, *program.get("data", [])])
         runtime = _library("onnxruntime", "an ONNX file")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -142,6 +160,9 @@ class Model:
         except Exception as error:  # the runtime's own kinds, of which only some are exported
             raise Refusal(f"FILE: expected a model that ONNX Runtime loads, got {path}: {_line(error)}") from error
         self._value, inputs = runtime.OrtValue, {x.name: x for x in self.session.get_inputs()}
+        if inputs.keys() != {"input_ids", *self._outputs}:
+            expected, got = ", ".join(["input_ids", *self._outputs]), ", ".join(inputs)
+            raise Refusal(f"FILE: expected the inputs {expected} as in its manifest, got {got} in {path}")
         self._states = {name: inputs[name] for name in self._outputs}
 
     def init_state(self, batch: int) -> dict[str, Any]:
@@ -237,11 +258,8 @@ class Text(NamedTuple):
 
 def read_text(folder: Path) -> Text:
     """Bytes, or the tokenizer file that ``text.json`` names."""
-    fields = _read(folder / TEXT, "FILE", "a tokenizer's")
-    try:
-        name, size, end = fields["tokenizer"], fields["vocab_size"], fields["end_of_text"]
-    except (KeyError, TypeError) as error:
-        raise Refusal(f"FILE: expected {folder / TEXT} to describe a tokenizer, got {error!r}") from error
+    fields = read_text_fields(folder)
+    name, size, end = fields["tokenizer"], fields["vocab_size"], fields["end_of_text"]
     if name == "bytes":
         return Text(size, end, list, bytes_decoder)
     path = folder / Path(name).name
@@ -271,13 +289,52 @@ def _verify(folder: Path, entries: list[dict[str, Any]]) -> None:
             raise Refusal(f"FILE: expected {path.name} of sha256 {entry['sha256']}, got another file")
 
 
-def _read(path: Path, argument: str, whose: str) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    told = f"FILE: expected {folder / MANIFEST} to describe an export of a language model"
+    manifest = _read(folder / MANIFEST, told, MANIFEST_VERSIONS, MANIFEST_FORM)
+    program = manifest["programs"]["prefill"]
+    _check_form(told, manifest["initial_state"], dict.fromkeys(program["states"], (int, float)), "initial_state")
+    _check_form(told, program.get("data", []), [FILE_FORM], "programs.prefill.data")
+    return manifest
+
+
+def read_text_fields(folder: Path, argument: str = "FILE") -> dict[str, Any]:
+    """What the folder's ``text.json`` says."""
+    told = f"{argument}: expected {folder / TEXT} to describe a tokenizer"
+    return _read(folder / TEXT, told, TEXT_VERSIONS, TEXT_FORM)
+
+
+def _read(path: Path, told: str, versions: dict[str, tuple], form: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object in ``path``; a Refusal begins with ``told``."""
     try:
-        return json.loads(path.read_text())
-    except OSError:
-        raise Refusal(f"{argument}: expected {whose} {path.name} beside the model, got none in {path.parent}") from None
+        fields = json.loads(path.read_text())
+    except OSError as error:
+        raise Refusal(f"{told}, got none ({error.strerror})") from None
     except ValueError as error:
-        raise Refusal(f"{argument}: expected JSON in {path}, got {error}") from error
+        raise Refusal(f"{told}, got no JSON ({error})") from error
+    _check_form(told, fields, {})
+    for name, known in versions.items():  # first: another version may have another form, which says what must be there
+        if fields.get(name, known[0]) not in known:
+            raise Refusal(f"{told}, with {name} {' or '.join(map(str, known))}, got {fields[name]!r}")
+    _check_form(told, fields, form)
+    return fields
+
+
+def _check_form(told: str, value: Any, form: Any, name: str = "") -> None:
+    """Refuses unless what the file holds under ``name`` has ``form``; as in ``gdn_ops.export.runner``."""
+    kinds = form if isinstance(form, tuple) else (type(form),)
+    if not isinstance(value, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise Refusal(f"{told}, with {name or 'a'} {expected}, got {value!r:.80}")
+    if isinstance(form, list):
+        for index, item in enumerate(value):
+            _check_form(told, item, form[0], f"{name}.{index}")
+    elif isinstance(form, dict):
+        for key, inner in (dict.fromkeys(value, form["*"]) if "*" in form else form).items():
+            full = f"{name}.{key}".removeprefix(".")
+            if key not in value:
+                raise Refusal(f"{told}, with {full}, got none")
+            _check_form(told, value[key], inner, full)
 
 
 def _library(name: str, purpose: str) -> Any:

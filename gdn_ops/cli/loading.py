@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from gdn_ops.cli.errors import UserError, at_the_door, need
+from gdn_ops.cli.generate_onnx import MODEL
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,8 @@ def is_export(folder: Path) -> bool:
 def load(folder: Path, device: str) -> Loaded:
     """The model or the export in ``folder``."""
     if not folder.is_dir():
-        raise UserError(f"DIR: expected a folder with a model or an export, got {folder}, which does not exist")
+        kind = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"DIR: expected a folder with a model or an export, got {folder}, which {kind}")
     return _export(folder, device) if is_export(folder) else _model(folder, device)
 
 
@@ -66,10 +68,13 @@ def _model(folder: Path, device: str) -> Loaded:
 def _export(folder: Path, device: str) -> Loaded:
     from gdn_ops.cli.device import pick
     from gdn_ops.export import load_package, read_manifest
+    from gdn_ops.export.manifest import FORMAT
 
     with at_the_door("DIR"):
         manifest = read_manifest(folder)
-    if "step" not in manifest["programs"]:
+    if manifest["format"] != FORMAT:
+        raise UserError(f"DIR: expected {MODEL} in it, as in an export for {manifest['target']}, got {folder} without")
+    if not {"prefill", "step"} <= manifest["programs"].keys():
         raise UserError(f"DIR: expected an export of a language model, got one of {manifest['model']}")
     wanted = pick(manifest["device"] if device == "auto" else device)
     if wanted.type != manifest["device"]:

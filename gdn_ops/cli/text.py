@@ -17,9 +17,17 @@ from pathlib import Path
 
 from gdn_ops.cli.errors import UserError, at_the_door, need
 from gdn_ops.cli.folders import write_file
-from gdn_ops.cli.generate_onnx import bytes_decoder, tokenizer_decoder
+from gdn_ops.cli.generate_onnx import (
+    TEXT,
+    TEXT_FORMAT,
+    TEXT_VERSION,
+    Refusal,
+    bytes_decoder,
+    read_text_fields,
+    tokenizer_decoder,
+)
 
-FILE, FORMAT, VERSION, TOKENIZER = "text.json", "gdn_ops.text", 1, "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
 
@@ -71,25 +79,19 @@ Text = Bytes | TokenizerFile
 
 
 def _describe(folder: Path, tokenizer: str, text: Text) -> None:
-    fields = {"format": FORMAT, "version": VERSION, "tokenizer": tokenizer}
+    fields = {"format": TEXT_FORMAT, "version": TEXT_VERSION, "tokenizer": tokenizer}
     fields |= {"vocab_size": text.vocab_size, "end_of_text": text.end_of_text}
-    write_file(folder / FILE, json.dumps(fields, indent=2).encode() + b"\n")
+    write_file(folder / TEXT, json.dumps(fields, indent=2).encode() + b"\n")
 
 
 def load(folder: Path) -> Text:
     """The text of a folder that :meth:`save` has described; a bare ``tokenizer.json`` will do."""
-    path = folder / FILE
-    if not path.is_file() and (folder / TOKENIZER).is_file():
-        return TokenizerFile(folder / TOKENIZER, "DIR")
+    if not (folder / TEXT).is_file():
+        if (folder / TOKENIZER).is_file():
+            return TokenizerFile(folder / TOKENIZER, "DIR")
+        raise UserError(f"DIR: expected {TEXT} (gdn train writes it) or {TOKENIZER} in it, got {folder}")
     try:
-        fields = json.loads(path.read_text())
-        known = (fields["format"], fields["version"]) == (FORMAT, VERSION)
-        tokenizer = fields["tokenizer"]
-    except FileNotFoundError:
-        raise UserError(f"DIR: expected {FILE} (gdn train writes it) or {TOKENIZER} in it, got {folder}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"DIR: expected {path} to describe a tokenizer, got {error!r}") from error
-    if not known:
-        got = f"{fields['format']} {fields['version']}"
-        raise UserError(f"DIR: expected format {FORMAT} {VERSION} in {path}, got {got}")
+        tokenizer = read_text_fields(folder, "DIR")["tokenizer"]
+    except Refusal as refusal:
+        raise UserError(str(refusal)) from refusal
     return Bytes() if tokenizer == "bytes" else TokenizerFile(folder / Path(tokenizer).name, "DIR")

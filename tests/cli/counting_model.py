@@ -64,6 +64,8 @@ def write(folder: Path, dtype: int = TensorProto.FLOAT, text: dict | None = None
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     states = {"layers.0.total": "layers.0.total.new", "position": "position.new"}
     manifest = {
+        "format": "gdn_ops.onnx",
+        "format_version": 1,
         "target": "portable",
         "config": {"vocab_size": VOCABULARY},
         "initial_state": {"layers.0.total": START, "position": 0},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +130,39 @@ def test_folders_that_are_not_whole(gdn, trained, tmp_path):
     assert gdn("generate", copy / "checkpoints" / "step-00000006", "--max-new-tokens", 2).code == 0
     (copy / "manifest.json").write_text("{}")
     assert "DIR: out_dir: expected format" in told(copy)
+    assert f"got {copy / 'manifest.json'}, which is a file" in told(copy / "manifest.json")
+
+
+def _edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "expected a dict in {}/manifest.json, got []"),
+        (
+            lambda folder: _edit(folder / "manifest.json", programs={}),
+            "expected an export of a language model, got one",
+        ),
+        (lambda folder: _edit(folder / "manifest.json", device=None), "expected device str in {}/manifest.json, got"),
+        (lambda folder: _edit(folder / "manifest.json", config=None), "expected config dict in {}/manifest.json, got"),
+        (lambda folder: (folder / "parity.json").write_text("{}"), "expected passed in {}/parity.json, got none"),
+        (lambda folder: (folder / "parity.json").unlink(), "expected an export with a parity.json, got {} (No such"),
+        (lambda folder: _edit(folder / "text.json", tokenizer=5), "DIR: expected {}/text.json to describe a tokenizer"),
+        (
+            lambda folder: _edit(folder / "manifest.json", format="gdn_ops.onnx", target="ort"),
+            "DIR: expected model.onnx in it, as in an export for ort, got {} without",
+        ),
+    ],
+)
+def test_exports_that_are_not_whole(gdn, exported, tmp_path, damage, told):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported[0], copy)
+    damage(copy)
+    result = gdn("generate", copy)
+    assert result.code == 2 and not result.out and result.err.count("\n") == 1, result
+    assert told.format(copy) in result.err
 
 
 def test_a_tokenizer_larger_than_the_model(gdn, trained, tokenizer_file, tmp_path):

@@ -260,17 +260,37 @@ def _edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**fields, **changes}))
 
 
+def _edit_program(folder: Path, **changes: object) -> None:
+    programs = json.loads((folder / "manifest.json").read_text())["programs"]
+    _edit(folder / "manifest.json", programs={"prefill": {**programs["prefill"], **changes}})
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda folder: (folder / "manifest.json").unlink(), "expected an export's manifest.json beside the model"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "FILE: expected JSON in "),
-        (lambda folder: (folder / "manifest.json").write_text("[]"), "expected an export of a language model"),
-        (lambda folder: _edit(folder / "manifest.json", config=None), "expected an export of a language model"),
+        (lambda folder: (folder / "manifest.json").unlink(), "describe an export of a language model, got none (No"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "an export of a language model, got no JSON (Exp"),
+        (lambda folder: (folder / "manifest.json").write_bytes(b"\xff"), "language model, got no JSON ("),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "of a language model, with a dict, got []"),
+        (lambda folder: _edit(folder / "manifest.json", format_version=2), "with format_version 1, got 2"),
+        (lambda folder: _edit(folder / "manifest.json", format="gdn_ops.aoti"), "gdn_ops.tensorrt, got 'gdn_ops.aoti'"),
+        (lambda folder: _edit(folder / "manifest.json", config=None), "with config dict, got None"),
+        (lambda folder: _edit(folder / "manifest.json", config={}), "with config.vocab_size, got none"),
+        (lambda folder: _edit(folder / "manifest.json", config={"vocab_size": "256"}), "vocab_size int, got '256'"),
+        (lambda folder: _edit(folder / "manifest.json", programs={}), "with programs.prefill, got none"),
+        (lambda folder: _edit(folder / "manifest.json", initial_state={}), "initial_state.layers.0.total, got none"),
+        (lambda folder: _edit_program(folder, data=5), "with programs.prefill.data list, got 5"),
+        (
+            lambda folder: _edit_program(folder, states={}),
+            "the inputs input_ids as in its manifest, got input_",
+        ),
         (lambda folder: (folder / "model.onnx").write_bytes(b"no"), "bytes as in its manifest, got another file"),
         (lambda folder: _flip(folder / "model.onnx"), "FILE: expected model.onnx of sha256 "),
-        (lambda folder: (folder / "text.json").unlink(), "expected a tokenizer's text.json beside the model"),
-        (lambda folder: (folder / "text.json").write_text("{}"), "to describe a tokenizer, got KeyError"),
+        (lambda folder: (folder / "text.json").unlink(), "text.json to describe a tokenizer, got none (No such file"),
+        (lambda folder: (folder / "text.json").write_text("{}"), "to describe a tokenizer, with format, got none"),
+        (lambda folder: _edit(folder / "text.json", version=9), "to describe a tokenizer, with version 1, got 9"),
+        (lambda folder: _edit(folder / "text.json", tokenizer=5), "with tokenizer str, got 5"),
+        (lambda folder: _edit(folder / "text.json", vocab_size="256"), "with vocab_size int, got '256'"),
         (lambda folder: _edit(folder / "text.json", tokenizer="tokenizer.json"), "a Hugging Face tokenizer.json, got"),
         (lambda folder: _edit(folder / "text.json", vocab_size=300), "expected a vocabulary of 300 as its tokenizer's"),
         (lambda folder: _edit(folder / "text.json", end_of_text=None), "--prompt: expected some text"),

@@ -51,18 +51,28 @@ def test_saved_text_is_found_again(tokenizer_file, tmp_path):
     assert load(tmp_path / "TokenizerFile").identity == text.identity
 
 
+def described(**changes: object) -> str:
+    fields = {"format": "gdn_ops.text", "version": 1, "tokenizer": "bytes", "vocab_size": 256, "end_of_text": 0}
+    return json.dumps({**fields, **changes})
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         (None, "expected text.json"),
-        ("[]", "to describe a tokenizer"),
-        ("{", "to describe a tokenizer"),
-        (json.dumps({"format": "gdn_ops.text", "version": 9, "tokenizer": "bytes"}), "got gdn_ops.text 9"),
-        (json.dumps({"format": "gdn_ops.text", "version": 1, "tokenizer": "gone.json"}), "gone.json"),
+        ("[]", r"text\.json to describe a tokenizer, with a dict, got \[\]"),
+        ("{", r"text\.json to describe a tokenizer, got no JSON"),
+        (b"\xff", r"text\.json to describe a tokenizer, got no JSON"),
+        (described(version=9), "with version 1, got 9"),
+        (described(format="another"), "with format gdn_ops.text, got 'another'"),
+        (described(tokenizer=5), "with tokenizer str, got 5"),
+        (described(vocab_size="256"), "with vocab_size int, got '256'"),
+        ('{"format": "gdn_ops.text"}', "with version, got none"),
+        (described(tokenizer="gone.json"), "gone.json"),
     ],
 )
 def test_a_folder_without_a_usable_description(tmp_path, content, told):
     if content is not None:
-        (tmp_path / "text.json").write_text(content)
+        (tmp_path / "text.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=told):
         load(tmp_path)

@@ -90,7 +90,7 @@ def test_runner_checks_its_inputs(mixer):
     with pytest.raises(ValueError, match=r"state: expected shape .*'batch': 2.*got \(3, 2, 16, 16\)"):
         package.forward(x, gates, state.new_zeros(3, 2, 16, 16))
     with pytest.raises(ValueError, match="expected 4 tensors, got 3"):
-        package.forward(x, gates)
+        package.forward(x, gates, 0.0)
     with pytest.raises(ValueError, match="expected a program 'prefill', got forward"):
         package.step(x, {}) if "step" in package.programs else package._program("prefill")
 
