@@ -60,9 +60,8 @@ def choose(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered, index = probability.sort(dim=-1, descending=True, stable=True)
         ahead = ordered.cumsum(-1) - ordered
-        probability = torch.zeros_like(ordered).scatter(
-            -1, index, ordered.masked_fill(ahead >= max(sampling.top_p, least), 0)
-        )
+        kept = ordered.masked_fill(ahead >= max(sampling.top_p, least), 0)
+        probability = torch.zeros_like(ordered).scatter(-1, index, kept)
     return torch.multinomial(probability, 1, generator=sampling.generator)[:, 0]
 
 

@@ -28,9 +28,9 @@ MOST_CHUNKS = 16
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunks: int | None = None) -> Tensor:
     """Mean of ``cross_entropy(x @ weight.T, targets)`` over the targets that are not -100; 0 if all are.
 
-    Differentiable once, with respect to ``x`` and ``weight``; under the transforms of ``torch.func`` to any order, but
-    with all outputs at once. The products are in the input's dtype (in autocast's,
-    under autocast), the softmax and the loss in fp32.
+    Differentiable once, with respect to ``x`` and ``weight``. The products are in the input's dtype (in autocast's,
+    under autocast), the softmax and the loss in fp32. Under the transforms of ``torch.func`` it has all outputs at once
+    and derivatives of any order.
 
     Args:
         x: ``[..., D]``, float.
