@@ -49,7 +49,7 @@ def test_the_artifact_writes_what_eager_writes(gdn, trained, exported):
     command = [sys.executable, "-c", code, "generate", out, *common, "--temperature", 0]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout == eager.out, done.stderr
-    assert done.stderr.startswith("aoti on cpu: prompt 5 tokens at ")
+    assert "aoti on cpu: prompt 5 tokens at " in done.stderr  # a CUDA build of torch may warn first
     drawn = [gdn("generate", folder, *common, "--seed", 3, "--device", "cpu") for folder in (trained, out)]
     assert drawn[0].out == drawn[1].out and len(drawn[0].out) > 40
 
