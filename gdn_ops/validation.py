@@ -38,6 +38,11 @@ def has_values(x: Tensor) -> bool:
     return type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for ``x``'s device; the meta device has none, and torch an error for the question."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def _cu_seqlens(cu_seqlens: Tensor, like: Tensor, name: str) -> None:
     _tensor(cu_seqlens, "cu_seqlens", 1, (torch.int32, torch.int64))
     _device(cu_seqlens, "cu_seqlens", like, name)

@@ -26,7 +26,7 @@ from gdn_ops.models import generation, pretrained
 from gdn_ops.models.config import HybridConfig
 from gdn_ops.models.mixers import MIXERS
 from gdn_ops.nn import Padding, RMSNorm, SwiGLU, linear_cross_entropy
-from gdn_ops.nn.loss import IGNORED
+from gdn_ops.nn.loss import IGNORED, wrong_target
 from gdn_ops.nn.mixer import check_position
 from gdn_ops.nn.padding import check_rows
 from gdn_ops.ops import save_list
@@ -363,11 +363,9 @@ class HybridLM(nn.Module):
             raise TypeError(f"labels: expected dtype torch.int64, got {labels.dtype}")
         if labels.dim() != 2 or any(a != b for a, b in zip(labels.shape, input_ids.shape)):
             raise ValueError(f"labels: expected shape {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
-        if has_values(labels):
-            wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self.config.vocab_size))]
-            if wrong.numel():
-                expected = f"{IGNORED} or tokens in [0, {self.config.vocab_size})"
-                raise ValueError(f"labels: expected {expected}, got {int(wrong[0])}")
+        wrong = wrong_target(labels, self.config.vocab_size)
+        if wrong is not None:
+            raise ValueError(f"labels: expected {IGNORED} or tokens in [0, {self.config.vocab_size}), got {wrong}")
 
     def _check_state(self, state: State, ids: Tensor, cu_seqlens: Tensor | None) -> None:
         """The structure; each mixer checks its own tensors."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from gdn_ops.validation import has_values
+from gdn_ops.validation import has_values, is_autocast
 
 IGNORED = -100
 MOST_CHUNKS = 16
@@ -92,7 +92,7 @@ def _sums(x, weight, targets, chunks, gradients) -> tuple[Tensor, Tensor | None,
     may put off would keep every chunk's part until the end.
     """
     dtype = x.dtype
-    if _is_autocast(x) and dtype != torch.float64:
+    if is_autocast(x) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     x, weight = x.to(dtype), weight.to(dtype)
     vocabulary = torch.arange(weight.shape[0], device=x.device)
@@ -113,8 +113,12 @@ def _sums(x, weight, targets, chunks, gradients) -> tuple[Tensor, Tensor | None,
     return (total, torch.cat(dx), dweight) if gradients else (total, None, None)
 
 
-def _is_autocast(x: Tensor) -> bool:
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # there is none for meta: an error
+def wrong_target(targets: Tensor, vocabulary: int) -> int | None:
+    """The first that is neither in ``[0, vocabulary)`` nor -100; None if all are, or cannot be read."""
+    if not has_values(targets):
+        return None
+    wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= vocabulary))]
+    return int(wrong[0]) if wrong.numel() else None
 
 
 def _check(x: Tensor, weight: Tensor, targets: Tensor, chunks: int | None) -> None:
@@ -125,7 +129,7 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, chunks: int | None) -> No
         raise ValueError(f"weight: expected [V, D] for x [..., D], got {tuple(weight.shape)} and {tuple(x.shape)}")
     if not x.is_floating_point() or not weight.is_floating_point():
         raise TypeError(f"x, weight: expected floating dtypes, got {x.dtype} and {weight.dtype}")
-    if x.dtype != weight.dtype and not _is_autocast(x):
+    if x.dtype != weight.dtype and not is_autocast(x):
         raise TypeError(f"weight: expected dtype {x.dtype} (as x), got {weight.dtype}")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets: expected dtype torch.int64, got {targets.dtype}")
@@ -135,7 +139,6 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, chunks: int | None) -> No
         raise TypeError(f"chunks: expected an integer, got {chunks!r}")
     if chunks is not None and chunks < 1:
         raise ValueError(f"chunks: expected at least 1, got {chunks}")
-    if has_values(targets):
-        wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= weight.shape[0]))]
-        if wrong.numel():
-            raise ValueError(f"targets: expected {IGNORED} or numbers in [0, {weight.shape[0]}), got {int(wrong[0])}")
+    wrong = wrong_target(targets, weight.shape[0])
+    if wrong is not None:
+        raise ValueError(f"targets: expected {IGNORED} or numbers in [0, {weight.shape[0]}), got {wrong}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.validation import _cu_seqlens as check_cu_seqlens
-from gdn_ops.validation import has_values
+from gdn_ops.validation import has_values, is_autocast
 
 
 class Padding(NamedTuple):
@@ -65,7 +65,7 @@ def check_hidden_states(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"hidden_states: expected shape [B, T, {weight.shape[1]}], got {tuple(x.shape)}")
     if x.device != weight.device:
         raise ValueError(f"hidden_states: expected device {weight.device} (as the weights), got {x.device}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not is_autocast(x):
         raise TypeError(f"hidden_states: expected dtype {weight.dtype} (as the weights), got {x.dtype}")
 
 

@@ -141,14 +141,11 @@ def _autograd_rule(op: torch._ops.OpOverload, backward: Callable | None, setup_c
             raise NotImplementedError(f"{op.name()} has no forward-mode gradient: gdn_ops.reference has")
 
     def rule(keyset, *args):
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
-            recorded = True
-        else:
-            recorded = forward_ad._current_level >= 0 and any(map(_has_tangent, args))
-        if not recorded:
-            return compute(keyset, args)
-        with enable_single_level_autograd_function():
-            return Rule.apply(keyset, *args)
+        graded = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+        if graded or (forward_ad._current_level >= 0 and any(map(_has_tangent, args))):
+            with enable_single_level_autograd_function():
+                return Rule.apply(keyset, *args)
+        return compute(keyset, args)
 
     Rule.__name__ = Rule.__qualname__ = f"{op._opname}_autograd"
     return rule
