@@ -49,7 +49,7 @@ def test_the_artifact_writes_what_eager_writes(gdn, trained, exported):
     command = [sys.executable, "-c", code, "generate", out, *common, "--temperature", 0]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout == eager.out, done.stderr
-    assert "aoti on cpu: prompt 5 tokens at " in done.stderr  # a CUDA build of torch may warn first
+    assert done.stderr.startswith("aoti on cpu: prompt 5 tokens at ")
     drawn = [gdn("generate", folder, *common, "--seed", 3, "--device", "cpu") for folder in (trained, out)]
     assert drawn[0].out == drawn[1].out and len(drawn[0].out) > 40
 
@@ -102,7 +102,7 @@ def test_speeds_are_of_the_calls_made(monkeypatch):
         (["{exported}"], "DIR: expected a trained model's folder, got the export"),
         (["{trained}", "--target", "onyx"], "'onyx' is not one of 'aoti'"),
         (["{trained}", "--device", "tpu"], "--device: expected auto, cpu, cuda or cuda:N, got 'tpu'"),
-        (["{trained}", "--out", "{trained}"], "--out: out_dir: expected a new or empty folder or a previous"),
+        (["{trained}", "--out", "{trained}"], "--out: out_dir: expected a new or empty folder or a previous export"),
         (["{trained}", "--out", "{trained}/config.json"], "--out: out_dir: expected a folder, got the file"),
         (["{trained}", "--out", "{trained}/config.json/out"], "got {trained}/config.json/out below the file"),
     ],
