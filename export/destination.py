@@ -13,23 +13,44 @@ from pathlib import Path
 from gdn_ops.export import manifest as manifests
 
 
-def may_be_replaced(folder: Path) -> bool:
-    """Whether ``folder`` holds nothing but an earlier export, if it holds anything."""
-    if not any(folder.iterdir()):
-        return True
+MANIFEST = "manifest.json"
+
+
+def _others(folder: Path) -> list[str]:
+    """What ``folder`` holds besides an earlier export, which lists its files in its manifest."""
     try:
-        return json.loads((folder / "manifest.json").read_text()).get("format") in manifests.FORMATS
-    except (OSError, ValueError, AttributeError):
-        return False
+        manifest = json.loads((folder / MANIFEST).read_text())
+        own = {MANIFEST, *manifest["files"]} if manifest["format"] in manifests.FORMATS else set()
+    except (OSError, ValueError, TypeError, KeyError):
+        own = set()
+    return sorted(_entries(folder) - own)
+
+
+def _entries(folder: Path) -> set[str]:
+    """Everything below ``folder`` but folders that are not empty."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir() or not any(path.iterdir()))
+    return {path.relative_to(folder).as_posix() for path in found}
+
+
+def _list_files(folder: Path) -> None:
+    """Puts the names of what ``folder`` holds into its manifest, so that what others add is known from it."""
+    path = folder / MANIFEST
+    if path.exists():
+        manifest = json.loads(path.read_text()) | {"files": sorted(_entries(folder) - {MANIFEST})}
+        with open(path, "w") as file:
+            file.write(json.dumps(manifest, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def check_destination(out_dir: Path) -> None:
     """ValueError unless ``out_dir`` is new, empty, or an earlier export, itself or where it links to."""
     place = _place(out_dir)
     if place.is_dir():
-        if not may_be_replaced(place):
+        if others := _others(place):
+            named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
             raise ValueError(
-                f"out_dir: expected a new or empty folder or a previous export, got {out_dir} with other files"
+                f"out_dir: expected a new or empty folder or a previous export, got {out_dir} with other files: {named}"
             )
     elif os.path.lexists(place):
         raise ValueError(f"out_dir: expected a folder, got the file {out_dir}")
@@ -42,7 +63,7 @@ def check_destination(out_dir: Path) -> None:
 def replacing(out_dir: Path) -> Iterator[Path]:
     """Gives an empty folder beside ``out_dir`` that takes its place at the end, or is removed after an error.
 
-    A link is followed: it stays, and what it names is replaced or made. What :func:`check_destination` refuses at the
+    Its manifest, if it has one, lists its files then, which is how a later export knows what is not its own. A link is followed: it stays, and what it names is replaced or made. What :func:`check_destination` refuses at the
     end is kept, with its ValueError. A kill between the two renames of a replacement leaves the old folder beside
     ``out_dir``, under a name that begins with ``.<name>.old``.
     """
@@ -51,6 +72,7 @@ def replacing(out_dir: Path) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
     try:
         yield work
+        _list_files(work)
         work.chmod(0o755)
         check_destination(place)  # once more: others may have written there during the work
         _replace(work, place)

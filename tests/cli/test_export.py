@@ -192,7 +192,7 @@ def test_an_export_goes_where_a_link_leads(gdn, trained, tmp_path, exporter, ear
     link.symlink_to("disk/real")
     if earlier:
         real.mkdir(parents=True)
-        (real / "manifest.json").write_text('{"format": "gdn_ops.aoti"}')
+        (real / "manifest.json").write_text('{"format": "gdn_ops.aoti", "files": []}')
     exporter(lambda work: (work / "new").write_text("new"))
     assert gdn("export", trained, "--out", link).code == 0
     assert link.is_symlink() and {path.name for path in real.iterdir()} == {"new", "text.json", "measured.json"}

@@ -15,7 +15,7 @@ OTHERS = "out_dir: expected a new or empty folder or a previous export, got .* w
 def export(folder, content):
     """An export as far as its folder is concerned."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT}))
+    (folder / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT, "files": ["file"]}))
     (folder / "file").write_text(content)
 
 
@@ -49,6 +49,41 @@ def test_a_file_in_the_place_of_the_folder_is_kept(tmp_path):
     with pytest.raises(ValueError, match="out_dir: expected a folder, got the file"), replacing(out):
         out.write_text("precious")
     assert names(tmp_path) == ["out"] and out.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("add", "told"),
+    [
+        (lambda out: (out / "notes").write_text("precious"), "notes"),
+        (lambda out: (out / "kept").mkdir(), "kept"),
+        (lambda out: (out / "folder" / "part").write_text("precious"), "folder/part"),
+        (lambda out: (out / "link").symlink_to("nowhere"), "link"),
+        (lambda out: [(out / f"{i}").write_text("precious") for i in range(5)], "0, 1, 2 and 2 more"),
+    ],
+)
+def test_what_was_added_to_an_earlier_export_is_kept(tmp_path, add, told):
+    out = tmp_path / "out"
+    with replacing(out) as work:
+        export(work, "first")
+        (work / "folder").mkdir()
+        (work / "folder" / "weights").write_text("weights")
+    assert json.loads((out / "manifest.json").read_text())["files"] == ["file", "folder/weights"]
+    check_destination(out)
+    add(out)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(ValueError, match=f"{OTHERS}: {told}$"):
+        check_destination(out)
+    with pytest.raises(ValueError, match=OTHERS), replacing(out) as work:
+        export(work, "second")
+    assert sorted(out.rglob("*")) == before and (out / "file").read_text() == "first" and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("files", [None, 1, [1, []], "file"])
+def test_a_manifest_that_does_not_list_its_files_covers_none(tmp_path, files):
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT, "files": files}))
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ValueError, match=OTHERS):
+        check_destination(tmp_path)
 
 
 @pytest.mark.parametrize("refused", ["old", "new"])
