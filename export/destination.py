@@ -12,7 +12,6 @@ from pathlib import Path
 
 from gdn_ops.export import manifest as manifests
 
-
 MANIFEST = "manifest.json"
 
 
@@ -63,9 +62,10 @@ def check_destination(out_dir: Path) -> None:
 def replacing(out_dir: Path) -> Iterator[Path]:
     """Gives an empty folder beside ``out_dir`` that takes its place at the end, or is removed after an error.
 
-    Its manifest, if it has one, lists its files then, which is how a later export knows what is not its own. A link is followed: it stays, and what it names is replaced or made. What :func:`check_destination` refuses at the
-    end is kept, with its ValueError. A kill between the two renames of a replacement leaves the old folder beside
-    ``out_dir``, under a name that begins with ``.<name>.old``.
+    Its manifest, if it has one, lists its files then, which is how a later export knows what is not its own. A link is
+    followed: it stays, and what it names is replaced or made. What :func:`check_destination` refuses at the end is
+    kept, with its ValueError. A kill between the two renames of a replacement leaves the old folder beside ``out_dir``,
+    under a name that begins with ``.<name>.old``.
     """
     place = _place(out_dir)
     place.parent.mkdir(parents=True, exist_ok=True)
