@@ -27,8 +27,11 @@ from gdn_ops.export import manifest as manifests
 from gdn_ops.export import parity
 from gdn_ops.export.destination import check_destination, replacing
 from gdn_ops.export.program import Plan, device_of, export_plan, inference, is_language_model, plan
+from gdn_ops.export.runner import read_manifest
 from gdn_ops.lowering.inductor import packaging, unsupported_operators
 from torch import nn
+
+from gdn_ops.models.pretrained import Archive
 
 
 class ExportResult(NamedTuple):
@@ -53,6 +56,7 @@ def export_aoti(
         ValueError: bad ``example_inputs``, ``out_dir`` in use by something else, an operator that cannot be packed.
         TypeError: ``model`` or ``example_inputs`` of a wrong type.
         ParityError: a compiled program does not give eager's numbers; nothing is written.
+        OSError: ``out_dir`` cannot be written, as on a full disk; nothing is left there.
         RuntimeError: no C++ compiler.
 
     Example::
@@ -69,14 +73,15 @@ def export_aoti(
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"model: expected it on cpu or cuda, got {device.type}")
     with replacing(out_dir) as work:
-        manifest, report = _write(model, plans, device, dtype, work)
+        report = _write(model, plans, device, dtype, work)
+    manifest = read_manifest(out_dir)
     files = {name: out_dir / entry["file"] for name, entry in manifest["programs"].items()}
     return ExportResult(out_dir, files, manifest, report)
 
 
 def _write(
     model: nn.Module, plans: dict[str, Plan], device: torch.device, dtype: torch.dtype, folder: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> dict[str, Any]:
     programs, entries, loaded = {}, {}, {}
     for name, item in plans.items():
         programs[name] = export_plan(item)
@@ -84,8 +89,8 @@ def _write(
         _refuse_unsupported(name, programs[name], entries[name]["operators"], device)
     for name, program in programs.items():
         path = folder / f"{name}.pt2"
-        with packaging(device) as configs, torch.no_grad():
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+        with packaging(device) as configs, torch.no_grad(), Archive(path, "w") as file:
+            torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=configs)
         loaded[name] = torch._inductor.aoti_load_package(str(path))
         entries[name] |= manifests.describe_file(path)
     report = parity.Report(dtype, target="aoti", device=device.type)
@@ -101,7 +106,7 @@ def _write(
         manifest = manifests.describe(model, device, dtype, entries)
     (folder / "parity.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    return manifest, report.to_dict()
+    return report.to_dict()
 
 
 def _refuse_unsupported(

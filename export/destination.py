@@ -16,19 +16,28 @@ MANIFEST = "manifest.json"
 
 
 def _others(folder: Path) -> list[str]:
-    """What ``folder`` holds besides an earlier export, which lists its files in its manifest."""
+    """What ``folder`` holds besides an earlier export, which lists its files in its manifest. Without one, only what is
+    directly in it: it may be the root of a disk."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         own = {MANIFEST, *manifest["files"]} if manifest["format"] in manifests.FORMATS else set()
     except (OSError, ValueError, TypeError, KeyError):
         own = set()
-    return sorted(_entries(folder) - own)
+    return sorted(_entries(folder) - own if own else (path.name for path in folder.iterdir()))
 
 
 def _entries(folder: Path) -> set[str]:
-    """Everything below ``folder`` but folders that are not empty."""
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir() or not any(path.iterdir()))
+    """Everything below ``folder`` but folders that hold something themselves."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir() or not _holds_some(path))
     return {path.relative_to(folder).as_posix() for path in found}
+
+
+def _holds_some(folder: Path) -> bool:
+    """Not of a folder that cannot be read: it stands for what it holds."""
+    try:
+        return any(folder.iterdir())
+    except PermissionError:
+        return False
 
 
 def _list_files(folder: Path) -> None:

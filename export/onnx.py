@@ -38,6 +38,7 @@ from gdn_ops.export import manifest as manifests
 from gdn_ops.export import onnx_graph, onnx_proof, parity
 from gdn_ops.export.destination import check_destination, replacing
 from gdn_ops.export.program import Plan, device_of, export_plan, inference, plan
+from gdn_ops.export.runner import read_manifest
 from gdn_ops.lowering.onnx import TARGETS, lower
 from gdn_ops.lowering.onnx.targets import Lowered
 from torch import nn
@@ -103,7 +104,8 @@ def export_onnx(
         raise ValueError(f"model: expected it on cpu, where the file is proved, got {device.type}: use model.cpu()")
     onnx_proof.refuse_dtype(dtype, target)
     with replacing(out_dir) as work:
-        manifest, report = _write(model, plans, device, dtype, target, work)
+        report = _write(model, plans, device, dtype, target, work)
+    manifest = read_manifest(out_dir)
     files = {path.name: path for path in sorted(out_dir.iterdir())}
     return OnnxExport(out_dir, files, manifest, report)
 
@@ -171,7 +173,7 @@ def versions() -> dict[str, str]:
 
 def _write(
     model: nn.Module, plans: dict[str, Plan], device: torch.device, dtype: torch.dtype, target: str, folder: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> dict[str, Any]:
     graph = write_graph(plans, target, folder)
     report = prove(model, plans, graph, dtype, target)
     graph.entry["nodes"] = report["nodes"]
@@ -179,7 +181,7 @@ def _write(
         manifest = manifests.describe(model, device, dtype, {graph.name: graph.entry}, target, **versions())
     (folder / "parity.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    return manifest, report
+    return report
 
 
 def _version() -> str:

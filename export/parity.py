@@ -75,12 +75,13 @@ def _norm(x: Tensor) -> float:
 
 
 def compare(results: Any, eager: Any, names: list[str]) -> dict[str, float]:
-    """Errors by name; a different number of results is infinite."""
-    got, expected = pytree.tree_leaves(results), pytree.tree_leaves(eager)
+    """Errors by name; a different number of results is infinite. ``names`` are those of the tensors: None, as for a
+    state that was not asked for, is no result, and an artifact need not give it."""
+    got, expected = ([x for x in pytree.tree_leaves(tree) if x is not None] for tree in (results, eager))
     if len(got) != len(expected):
         return {"number of results": math.inf}
-    pairs = [(name, a, b) for name, a, b in zip(names, got, expected) if torch.is_tensor(b)]
-    return {name: error(a, b) for name, a, b in pairs}
+    pairs = [(a, b) for a, b in zip(got, expected) if torch.is_tensor(b)]
+    return {name: error(a, b) for name, (a, b) in zip(names, pairs, strict=True)}
 
 
 class Report:

@@ -46,6 +46,7 @@ from gdn_ops.export import onnx_proof, parity
 from gdn_ops.export import tensorrt_runtime as runtimes
 from gdn_ops.export.destination import check_destination, replacing
 from gdn_ops.export.program import Plan, device_of, inference, is_language_model, plan
+from gdn_ops.export.runner import read_manifest
 from gdn_ops.export.tensorrt_engine import Engine, build_engine, check_profiles, default_profiles
 from gdn_ops.export.tensorrt_runtime import Options, Runtime
 from torch import nn
@@ -133,7 +134,8 @@ def build_tensorrt(
     if is_language_model(model) and profiles is None:
         profiles = default_profiles()
     with replacing(out_dir) as work:
-        manifest, report, layers = _write(model, plans, dtype, found, profiles, options, progress, work)
+        report, layers = _write(model, plans, dtype, found, profiles, options, progress, work)
+    manifest = read_manifest(out_dir)
     files = {path.name: path for path in sorted(out_dir.iterdir())}
     return TensorRTExport(out_dir, files, manifest, report, layers)
 
@@ -147,7 +149,7 @@ def _write(
     options: Options,
     progress: Progress | None,
     folder: Path,
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     graph = onnx_files.write_graph(plans, "portable", folder)
     dynamic = graph.entry["dynamic"]
     checked = check_profiles({"forward": {}} if profiles is None and not dynamic else profiles, dynamic)
@@ -173,7 +175,7 @@ def _write(
     }
     for name, value in ((LAYERS, engine.layers), ("parity.json", report), ("manifest.json", manifest)):
         (folder / name).write_text(json.dumps(value, indent=1 if name == LAYERS else 2) + "\n")
-    return manifest, report, engine.layers
+    return report, engine.layers
 
 
 @contextlib.contextmanager

@@ -72,8 +72,10 @@ def compiler() -> str:
     try:
         return get_cpp_compiler()
     except InvalidCxxCompiler as error:
+        named = os.environ.get("CXX")
+        other = "" if named is None else f" to another than {named!r}, which does not run"
         raise RuntimeError(
-            "exporting to AOTInductor needs a C++ compiler: install g++ or set the environment variable CXX"
+            f"exporting to AOTInductor needs a C++ compiler: install g++ or set the environment variable CXX{other}"
         ) from error
 
 

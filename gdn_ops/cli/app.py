@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -20,7 +23,32 @@ class Commands(TyperGroup):
         return _shown(super().make_context, "gdn", *args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        return _shown(super().invoke, "gdn", ctx)
+        return _shown(self._invoke, "gdn", ctx)
+
+    def _invoke(self, ctx: Any) -> Any:
+        with _terminable():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside it SIGTERM raises, so that what was begun is removed as after Ctrl-C; the exit code is 143 then, whatever
+    has become of the exception on its way: torch makes others of one that passes its C++ code."""
+    came = []
+
+    def end(number: int, frame: Any) -> None:
+        came.append(128 + number)
+        raise SystemExit(came[0])
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except BaseException:
+        if came:
+            raise SystemExit(came[0]) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _shown(call: Any, name: str, *args: Any, **kwargs: Any) -> Any:

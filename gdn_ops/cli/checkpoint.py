@@ -40,6 +40,8 @@ def save(run: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Op
     """Writes the checkpoint of ``step`` and removes older ones, and what a killed process left of others."""
     import torch
 
+    from gdn_ops.models.pretrained import Archive
+
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     for left in folder.glob(".step-*"):
@@ -51,7 +53,8 @@ def save(run: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Op
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state_all()
-        torch.save({"step": step, "optimizer": optimizer.state_dict(), "random": random}, work / STATE)
+        with Archive(work / STATE, "w") as file:
+            torch.save({"step": step, "optimizer": optimizer.state_dict(), "random": random}, file)
         work.chmod(0o755)
         sync(work)
         target = folder / f"step-{step:08d}"

@@ -113,7 +113,7 @@ def _compiler() -> dict[str, str]:
 def _operators() -> dict[str, str]:
     import torch
 
-    keys = ("CPU", "CUDA", "Autograd", "AutocastCUDA", "FuncTorchBatched")
+    keys = ("CPU", "CUDA", "Autograd", "AutocastCPU", "AutocastCUDA", "FuncTorchBatched")
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     names = sorted({name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gdn::")})
     return {name: " ".join(key for key in keys if has(name, key)) for name in names}

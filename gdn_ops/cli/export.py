@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gdn_ops.cli import export_tensorrt, generate_onnx
+from gdn_ops.cli import export_tensorrt
 from gdn_ops.cli.errors import Failure, UserError, at_the_door, need
 from gdn_ops.cli.export_tensorrt import EngineOptions
 from gdn_ops.cli.options import whole
@@ -123,7 +123,8 @@ def command(
     if loading.is_export(directory):
         raise UserError(f"DIR: expected a trained model's folder, got the export {directory}")
     if not directory.is_dir():
-        raise UserError(f"DIR: expected a trained model's folder, got {directory}, which does not exist")
+        kind = "is a file" if directory.exists() else "does not exist"
+        raise UserError(f"DIR: expected a trained model's folder, got {directory}, which {kind}")
     with at_the_door("--out"):
         check_destination(out)
     model, text = loading.load_model(directory, chosen, getattr(torch, dtype.value)), texts.load(directory)
@@ -172,6 +173,7 @@ def _onnx(target: str) -> Callable[[nn.Module, Path, EngineOptions, Tell], Calla
             need(library, f"gdn export --target {target}", "onnx")
         import torch
 
+        from gdn_ops.cli import generate_onnx
         from gdn_ops.cli.measure import OnnxRunner
         from gdn_ops.export import export_onnx
 

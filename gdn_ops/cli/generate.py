@@ -12,7 +12,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gdn_ops.cli import generate_onnx
 from gdn_ops.cli.errors import UserError
 from gdn_ops.cli.options import real, whole
 
@@ -32,6 +31,8 @@ def command(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; an export has its own.")] = "auto",
 ) -> None:
     """Continues a text with a model or an export."""
+    from gdn_ops.cli import generate_onnx
+
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise UserError("--top-k, --top-p: expected none with --temperature 0 (the likeliest token is taken), got one")
     file = directory if directory.suffix == ".onnx" else directory / generate_onnx.MODEL
@@ -67,6 +68,8 @@ def command(
 
 def _hand_over(file: Path, options: dict[str, object]) -> NoReturn:
     """This process becomes one that runs :mod:`gdn_ops.cli.generate_onnx` as a file."""
+    from gdn_ops.cli import generate_onnx
+
     words = [f"--{name}={value}" for name, value in options.items() if value is not None]
     sys.stdout.flush()
     sys.stderr.flush()

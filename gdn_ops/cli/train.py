@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,7 +107,7 @@ def command(
         eval_every=max(1, steps // 10) if eval_every is None else eval_every, eval_batches=eval_batches,
         stop_at=stop_at,
     )  # fmt: skip
-    with training.claimed(out):
+    with training.claimed(out), _written(out):
         start = training.enter(out, recipe, resume)
         tokens = corpus.split(corpus.tokenize(found, recipe.data, text, out, _say), held_out, seq_len)
         with at_the_door("--preset, --set"):
@@ -120,6 +122,17 @@ def command(
             _say(f"interrupted after step {run.step}; the same command goes on from the last checkpoint")
             raise typer.Exit(130) from None
         _report(out, run.step, first, steps, time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _written(out: Path) -> Iterator[None]:
+    """Inside it, a disk that is full or fails is a matter of OUT, and of one line."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"--out: expected {out} to take what the run writes, got {error}") from error
 
 
 def _say(line: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gdn_ops.models import generation, pretrained
@@ -27,8 +28,9 @@ from gdn_ops.models.config import HybridConfig
 from gdn_ops.models.mixers import MIXERS
 from gdn_ops.nn import Padding, RMSNorm, SwiGLU, linear_cross_entropy
 from gdn_ops.nn.loss import IGNORED, wrong_target
-from gdn_ops.nn.mixer import check_position
+from gdn_ops.nn.mixer import RecurrentMixer, check_position
 from gdn_ops.nn.padding import check_rows
+from gdn_ops.nn.projection import only_weight
 from gdn_ops.ops import save_list
 from gdn_ops.validation import has_values
 
@@ -43,6 +45,10 @@ class HybridOutput(NamedTuple):
     logits: Tensor | None
     loss: Tensor | None = None
     state: State | None = None
+
+
+# So that programs that return one can be saved.
+_register_namedtuple(HybridOutput, serialized_type_name="gdn_ops.models.HybridOutput")
 
 
 class Block(nn.Module):
@@ -99,6 +105,20 @@ class HybridLM(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_projections()
+
+    def reset_parameters(self) -> None:
+        """Initialises every parameter anew, those of submodules too.
+
+        Example::
+
+            >>> with torch.device("meta"):
+            ...     model = HybridLM(HybridConfig.preset("tiny"))
+            >>> model.to_empty(device="cpu").reset_parameters()
+        """
+        for module in self.modules():
+            if isinstance(module, (RMSNorm, RecurrentMixer)):
+                module.reset_parameters()
         self.reset_projections()
 
     @torch.no_grad()
@@ -177,7 +197,8 @@ class HybridLM(nn.Module):
                 takes no state with it.
             attention_mask: ``[B, T]``, 1 for real tokens, 0 for padding on any side.
             return_logits: False, with labels, gives the loss alone, by :func:`gdn_ops.nn.linear_cross_entropy`: for
-                training, where all logits at once would be the largest tensors of a step.
+                training, where all logits at once would be the largest tensors of a step. A head that does more than
+                multiply by its weight (it was replaced, or has hooks) is called, and then they are all there.
 
         Raises:
             ValueError, TypeError: naming the argument.
@@ -193,10 +214,12 @@ class HybridLM(nn.Module):
         x, state = self._stream(ids, state, cu_seqlens, None if padding is None else padding.lengths)
         x = x if padding is None else padding.restore(x)
         targets = None if labels is None else _targets(labels, cu_seqlens, attention_mask, padding)
-        if not return_logits:
+        if not return_logits and (self.lm_head is None or only_weight(self.lm_head)):
             return HybridOutput(None, linear_cross_entropy(x, self.output_weight, targets), state)
         logits = self._logits(x)
-        return HybridOutput(logits, None if targets is None else _loss(logits, targets), state)
+        return HybridOutput(
+            logits if return_logits else None, None if targets is None else _loss(logits, targets), state
+        )
 
     def prefill(self, input_ids: Tensor, state: State, attention_mask: Tensor | None = None) -> tuple[Tensor, State]:
         """``input_ids [B, T]`` after ``state``: ``(logits [B, T, vocab_size], new state)``."""
@@ -258,6 +281,10 @@ class HybridLM(nn.Module):
         check_rows(input_ids, "input_ids", attention_mask, None, None)
         sampling = generation.Sampling(temperature, top_k, top_p, generator)
         generation.check(sampling, max_new_tokens, eos_token_id, self.config.vocab_size)
+        if attention_mask is not None and has_values(attention_mask):
+            empty = (attention_mask == 0).all(1).nonzero()
+            if empty.numel():
+                raise ValueError(f"attention_mask: expected a real token in every row, got none in row {int(empty[0])}")
         return generation.stream(self, input_ids, max_new_tokens, sampling, eos_token_id, attention_mask)
 
     def generate(
@@ -277,10 +304,18 @@ class HybridLM(nn.Module):
         )
         return torch.cat([input_ids.long(), *(token[:, None] for token in tokens)], 1)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes ``config.json`` and ``model.safetensors`` (needs safetensors) into ``folder``; each file appears
-        whole or not at all."""
-        pretrained.save(self, folder)
+        whole or not at all.
+
+        Args:
+            state_dict: the weights, instead of the model's own: of a model in parts (FSDP2), what
+                ``torch.distributed.checkpoint.state_dict.get_model_state_dict`` gathers, written by one rank.
+
+        Raises:
+            ValueError: ``folder`` is a file; ``state_dict`` has not this model's weights, or parts of them.
+        """
+        pretrained.save(self, folder, state_dict)
 
     @classmethod
     def from_pretrained(
@@ -324,7 +359,7 @@ class HybridLM(nn.Module):
         """How a layer is called: directly, or so that its backward pass computes it again."""
         if self.activation_checkpointing == "none" or state is not None or not torch.is_grad_enabled():
             return lambda layer, *args: layer(*args)
-        options = {"use_reentrant": False, "preserve_rng_state": False}
+        options = {"use_reentrant": False}
         if self.activation_checkpointing != "full":
             kept = save_list(products=self.activation_checkpointing == "elementwise")
             options["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
@@ -363,6 +398,8 @@ class HybridLM(nn.Module):
             raise TypeError(f"labels: expected dtype torch.int64, got {labels.dtype}")
         if labels.dim() != 2 or any(a != b for a, b in zip(labels.shape, input_ids.shape)):
             raise ValueError(f"labels: expected shape {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
+        if labels.device != input_ids.device:
+            raise ValueError(f"labels: expected device {input_ids.device} (as input_ids), got {labels.device}")
         wrong = wrong_target(labels, self.config.vocab_size)
         if wrong is not None:
             raise ValueError(f"labels: expected {IGNORED} or tokens in [0, {self.config.vocab_size}), got {wrong}")

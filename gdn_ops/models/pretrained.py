@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +19,26 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE, MODEL_TYPE = "config.json", "model.safetensors", "gdn_hybrid"
 
 
-def save(model: HybridLM, folder: str | os.PathLike) -> None:
+def save(model: HybridLM, folder: str | os.PathLike, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """See :meth:`gdn_ops.models.HybridLM.save_pretrained`."""
-    save_file, _, _ = _safetensors()
+    save_file, _, error_type = _safetensors()
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder: expected a folder, got the file {folder}")
+    weights = model.state_dict() if state_dict is None else state_dict
+    for name, x in weights.items():
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"state_dict: expected tensors, got {type(x).__name__} for {name}")
+        if hasattr(x, "full_tensor"):  # a DTensor, whose type is not worth importing torch.distributed.tensor
+            raise ValueError(
+                f"state_dict: expected whole weights, got a part of {name} (gather them by "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
+            )
+    if state_dict is not None:
+        _check_weights(model, weights, "state_dict")
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
-    weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    weights = {name: x.detach().cpu().contiguous() for name, x in weights.items()}
     written = []
     try:
         for name, write in (
@@ -34,13 +47,43 @@ def save(model: HybridLM, folder: str | os.PathLike) -> None:
         ):
             temporary = folder / f".{name}.{os.getpid()}.tmp"
             written.append((temporary, folder / name))
-            write(temporary)
+            try:
+                write(temporary)
+            except error_type as error:  # of a full disk, it is no OSError
+                number = re.search(r"os error (\d+)", str(error))
+                if number is None:
+                    raise
+                raise OSError(int(number[1]), str(error)) from error
             temporary.chmod(0o644)  # safetensors leaves 0600, which whoever serves the model could not read
         for temporary, path in written:
             os.replace(temporary, path)
     finally:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
+
+
+class Archive(io.FileIO):
+    """A file for torch's archives, with its OSError where a disk is full.
+
+    The first error of a write is raised at the end of the ``with`` block. Torch's writer would make a RuntimeError of
+    it that does not say why, or try to finish the archive while it is taken down: the second error ends the process.
+    """
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest and self.failed is None:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.failed = error
+        return len(data)
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        if self.failed is not None:
+            raise self.failed
 
 
 def load(
@@ -90,13 +133,16 @@ def _read_weights(folder: Path, device) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise ValueError(f"folder: expected a saved model with {WEIGHTS_FILE}, got {folder}")
+    device = torch.device(device or "cpu")
+    if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device: expected one of this machine's that holds numbers, got {device}")
     try:
-        return load_file(path, device=str(torch.device(device or "cpu")))
+        return load_file(path, device=str(device))
     except error_type as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
 
 
-def _check_weights(model: HybridLM, weights: dict[str, torch.Tensor], path: Path) -> None:
+def _check_weights(model: HybridLM, weights: dict[str, torch.Tensor], path: Path | str) -> None:
     expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     for name, shape in expected.items():
         if name not in weights:

@@ -111,15 +111,15 @@ class GatedDeltaNet(RecurrentMixer):
             self._make_gate(self.num_v_heads)
         self.o_norm = (GatedRMSNorm if use_gate else RMSNorm)(self.head_v_dim, norm_eps)
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
-        self.reset_own_parameters()
+        self.reset_parameters()
 
     def extra_repr(self) -> str:
         heads = f"heads={self.num_heads}x{self.head_k_dim}, v_heads={self.num_v_heads}x{self.head_v_dim}"
         return f"{heads}, conv_size={None if self.conv_weight is None else self.conv_size}"
 
     @property
-    def input_weight(self) -> Tensor:
-        return self.qkv_proj.weight
+    def input_proj(self) -> nn.Module:
+        return self.qkv_proj
 
     def _mix(self, x, lengths, state, cu_seqlens, output_state) -> tuple[Tensor, dict[str, Tensor] | None]:
         T, state = x.shape[1], state or {}

@@ -53,15 +53,15 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunks: int
     _check(x, weight, targets, chunks)
     if chunks is None:
         chunks = min(MOST_CHUNKS, 1 << (max(1, weight.shape[0] // (2 * weight.shape[1])).bit_length() - 1))
-    rows, row_targets = x.flatten(0, -2), targets.flatten()
+    rows, row_targets = x.flatten(0, -2) if x.dim() > 1 else x[None], targets.flatten()
     if guard_or_false(rows.shape[0] < chunks):  # of a compiler's ranges, none may have parts of no rows
         chunks = 1
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         total = F.cross_entropy(F.linear(rows, weight).float(), row_targets, ignore_index=IGNORED, reduction="sum")
     elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         total = _LinearCrossEntropy.apply(rows, weight, row_targets, chunks)
     else:
-        total = _sums(rows, weight, row_targets, chunks, gradients=False)[0]
+        total = _sums(rows, weight, row_targets, chunks)
     return total / (row_targets != IGNORED).sum().clamp(min=1)
 
 
@@ -70,8 +70,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, chunks):
-        total, dx, dweight = _sums(x, weight, targets, chunks, gradients=True)
-        ctx.save_for_backward(dx, dweight)
+        total, dx, dweight, part = _sums(x, weight, targets, chunks, gradients=True)
+        ctx.save_for_backward(dx, dweight, part)
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         return total
 
@@ -80,22 +80,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             # No graph says what dx and dweight owe to x and weight, so a second derivative would lack it.
             raise RuntimeError("linear_cross_entropy: expected to be differentiated once, got create_graph=True")
-        dx, dweight = ctx.saved_tensors
-        return dx.to(ctx.x_dtype) * grad, dweight.to(ctx.weight_dtype) * grad, None, None
+        dx, dweight, part = ctx.saved_tensors
+        dx = dx.to(ctx.x_dtype) * grad
+        if part is None:
+            return dx, dweight.to(ctx.weight_dtype) * grad, None, None
+        return dx, (dweight.float() * (grad / part)).to(ctx.weight_dtype), None, None
 
 
-def _sums(x, weight, targets, chunks, gradients) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _sums(x, weight, targets, chunks, gradients=False) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The sum of the losses of ``x [N, D]`` and, with ``gradients``, what it is by ``x`` and by ``weight``.
 
     The gradient of the logits is not divided by the number of targets before it is rounded: at many tokens fp16 would
     lose it. The weight's gradient is summed by products that add to what is there (``addmm_``): sums that a compiler
-    may put off would keep every chunk's part until the end.
+    may put off would keep every chunk's part until the end. In fp16, whose largest number a sum of many tokens may
+    pass, it is that of ``part`` of the loss, the last result, which is None for other dtypes.
     """
     dtype = x.dtype
     if is_autocast(x) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     x, weight = x.to(dtype), weight.to(dtype)
     vocabulary = torch.arange(weight.shape[0], device=x.device)
+    part = _part_for_fp16(x) if gradients and dtype == torch.float16 else None
     size, total, dx, dweight = x.shape[0] // chunks, torch.zeros((), device=x.device, dtype=torch.float32), [], None
     for i in range(chunks):
         here = slice(i * size, None if i == chunks - 1 else (i + 1) * size)
@@ -107,10 +112,18 @@ def _sums(x, weight, targets, chunks, gradients) -> tuple[Tensor, Tensor | None,
         total = total + (normalizer - logits_nv.gather(-1, target)).masked_fill(~scored, 0).sum()
         if gradients:
             dlogits_nv = (logits_nv - normalizer).exp() - (vocabulary == target).float()
-            dlogits_nv = dlogits_nv.masked_fill(~scored, 0).to(dtype)
-            dx.append(dlogits_nv @ weight)
+            dlogits_nv = dlogits_nv.masked_fill(~scored, 0)
+            dlogits_nv = (dlogits_nv if part is None else dlogits_nv * part).to(dtype)
+            dx.append(dlogits_nv @ weight if part is None else (dlogits_nv @ weight / part).to(dtype))
             dweight = dlogits_nv.T @ x_nd if dweight is None else dweight.addmm_(dlogits_nv.T, x_nd)
-    return (total, torch.cat(dx), dweight) if gradients else (total, None, None)
+    return (total, torch.cat(dx), dweight, part) if gradients else total
+
+
+def _part_for_fp16(x: Tensor) -> Tensor:
+    """The largest power of two up to 1 by which no sum over the tokens of ``x [N, D]``, each times a number of 1 at
+    most, comes to more than 2^15."""
+    most = x.float().abs().sum(0).amax()
+    return torch.exp2(-(most / 2**15).log2().ceil().clamp(min=0))
 
 
 def wrong_target(targets: Tensor, vocabulary: int) -> int | None:
@@ -125,8 +138,13 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, chunks: int | None) -> No
     for name, y in (("x", x), ("weight", weight), ("targets", targets)):
         if not isinstance(y, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(y).__name__}")
-    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: expected [..., D] with D of at least 1, got {tuple(x.shape)}")
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"weight: expected [V, D] for x [..., D], got {tuple(weight.shape)} and {tuple(x.shape)}")
+    for name, y in (("weight", weight), ("targets", targets)):
+        if y.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} (as x), got {y.device}")
     if not x.is_floating_point() or not weight.is_floating_point():
         raise TypeError(f"x, weight: expected floating dtypes, got {x.dtype} and {weight.dtype}")
     if x.dtype != weight.dtype and not is_autocast(x):

@@ -93,12 +93,12 @@ class Mamba2(RecurrentMixer):
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.o_norm = GatedGroupRMSNorm(self.value_dim, n_groups, norm_eps)
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
-        self.reset_own_parameters()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def reset_own_parameters(self) -> None:
-        """As :meth:`gdn_ops.nn.mixer.RecurrentMixer.reset_own_parameters`, with A in [1, 16]; and D of ones."""
-        super().reset_own_parameters()
+    def reset_parameters(self) -> None:
+        """As :meth:`gdn_ops.nn.mixer.RecurrentMixer.reset_parameters`, with A in [1, 16]; and D of ones."""
+        super().reset_parameters()
         self.D.fill_(1.0)
 
     def extra_repr(self) -> str:
@@ -106,8 +106,8 @@ class Mamba2(RecurrentMixer):
         return f"{heads}, conv_size={self.conv_size}"
 
     @property
-    def input_weight(self) -> Tensor:
-        return self.in_proj.weight
+    def input_proj(self) -> nn.Module:
+        return self.in_proj
 
     def _mix(self, x, lengths, state, cu_seqlens, output_state) -> tuple[Tensor, dict[str, Tensor] | None]:
         T, state = x.shape[1], state or {}

@@ -16,20 +16,23 @@ from torch import Tensor, nn
 
 from gdn_ops.functional import causal_conv1d
 from gdn_ops.nn.padding import Padding, check_hidden_states, check_rows, real_tokens
+from gdn_ops.nn.projection import weight_of
 from gdn_ops.validation import state as check_state
 
 STEP_RANGE = (1e-3, 1e-1)
 
 
 class Mixer(nn.Module):
-    """Base of the mixers. One has ``o_proj``, and says which projection its input meets (:attr:`input_weight`), what
-    its states are (``_state_shapes`` and ``_state_dtypes``, by name) and how it mixes (``_mix``)."""
+    """Base of the mixers. One has ``hidden_size`` and ``o_proj``, and says which projection its input meets
+    (:attr:`input_proj`), what its states are (``_state_shapes`` and ``_state_dtypes``, by name) and how it mixes
+    (``_mix``)."""
 
-    o_proj: nn.Linear
+    hidden_size: int
+    o_proj: nn.Module
 
     @property
-    def input_weight(self) -> Tensor:
-        """Of the projection that ``hidden_states`` meet."""
+    def input_proj(self) -> nn.Module:
+        """The projection that ``hidden_states`` meet."""
         raise NotImplementedError
 
     def _state_shapes(self, batch) -> dict[str, tuple]:
@@ -53,7 +56,8 @@ class Mixer(nn.Module):
     ) -> dict[str, Tensor]:
         """The state before the first token: zeros. ``dtype`` (default the weights') is that of what a state keeps of
         the tokens; what a rule sums up is fp32 (fp64 for fp64)."""
-        weight = self.o_proj.weight
+        weights = (weight_of(self.o_proj), *(p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        weight = next(x for x in weights if x is not None)
         device, dtype = device or weight.device, dtype or weight.dtype
         dtypes = self._state_dtypes(dtype)
         return {
@@ -86,7 +90,7 @@ class Mixer(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument.
         """
-        check_hidden_states(hidden_states, self.input_weight)
+        check_hidden_states(hidden_states, self.hidden_size, weight_of(self.input_proj))
         check_rows(hidden_states, "hidden_states", attention_mask, lengths, cu_seqlens)
         output_state = output_state or state is not None
         self._check_call(state, hidden_states, cu_seqlens, output_state)
@@ -157,7 +161,7 @@ class RecurrentMixer(Mixer):
         self.A_log._no_weight_decay = self.dt_bias._no_weight_decay = True
 
     @torch.no_grad()
-    def reset_own_parameters(self) -> None:
+    def reset_parameters(self) -> None:
         """The initial gate of Mamba2 and Gated DeltaNet: decay rate A uniform in ``DECAY_RANGE``, step log-uniform in
         [1e-3, 1e-1]; and the convolution as ``nn.Conv1d`` has it."""
         for x in (self.conv_weight, self.conv_bias):

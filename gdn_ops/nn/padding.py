@@ -54,15 +54,17 @@ def real_tokens(lengths: Tensor, T: int) -> Tensor:
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
-def check_hidden_states(x: Tensor, weight: Tensor) -> None:
-    """ValueError or TypeError unless ``x`` is ``[B, T, D]`` and fits the projection ``weight [out, D]``.
+def check_hidden_states(x: Tensor, hidden_size: int, weight: Tensor | None) -> None:
+    """ValueError or TypeError unless ``x`` is ``[B, T, hidden_size]`` and fits the projection by ``weight``, if known.
 
     Under autocast the projection takes any floating dtype; elsewhere its own.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"hidden_states: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dim() != 3 or x.shape[2] != weight.shape[1]:
-        raise ValueError(f"hidden_states: expected shape [B, T, {weight.shape[1]}], got {tuple(x.shape)}")
+    if x.dim() != 3 or x.shape[2] != hidden_size:
+        raise ValueError(f"hidden_states: expected shape [B, T, {hidden_size}], got {tuple(x.shape)}")
+    if weight is None:
+        return
     if x.device != weight.device:
         raise ValueError(f"hidden_states: expected device {weight.device} (as the weights), got {x.device}")
     if x.dtype != weight.dtype and not is_autocast(x):

@@ -99,8 +99,8 @@ class SlidingWindowAttention(Mixer):
         return f"heads={self.num_heads}x{self.head_dim}, kv_heads={self.num_kv_heads}, window={self.window}"
 
     @property
-    def input_weight(self) -> Tensor:
-        return self.qkv_proj.weight
+    def input_proj(self) -> nn.Module:
+        return self.qkv_proj
 
     def _state_shapes(self, batch) -> dict[str, tuple]:
         ring = (batch, self.window, self.num_kv_heads, self.head_dim)

@@ -20,7 +20,8 @@ WIDENED = ("Range",)
 def raise_opset(model: ir.Model, opset: int) -> None:
     """Brings ``model`` from opset 18 up to ``opset``, in place.
 
-    onnxscript converts up to opset 25; beyond it the stamp alone changes, if every node means the same in both.
+    onnxscript converts up to opset 25; beyond it the stamp alone changes, if every node means the same in both. A node
+    that only the new opset has, as ``lower`` puts into a model for ``onnx27``, means what it says there.
 
     Raises:
         ValueError: a node that means something else in the new opset.
@@ -43,7 +44,8 @@ def raise_opset(model: ir.Model, opset: int) -> None:
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.domain != "":
             continue
-        old, new = (onnx.defs.get_schema(node.op_type, version).since_version for version in (here, opset))
+        new = onnx.defs.get_schema(node.op_type, opset).since_version
+        old = onnx.defs.get_schema(node.op_type, here).since_version if onnx.defs.has(node.op_type, here) else new
         if old != new and node.op_type not in WIDENED:
             raise ValueError(f"model: {node.op_type} changed between opset {here} and {opset}; use target 'portable'")
         node.version = None

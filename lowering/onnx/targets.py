@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from onnx import FunctionProto
 
 TARGETS = ("portable", "ort", "onnx27")
+# Floating types, and those that hold every number of them.
+WIDER = {"FLOAT16": ("FLOAT", "DOUBLE"), "BFLOAT16": ("FLOAT", "DOUBLE"), "FLOAT": ("DOUBLE",)}
 
 
 class Lowered(NamedTuple):
@@ -221,7 +223,7 @@ def _functions(names: list[str]) -> list[FunctionProto]:
 def lower(model: ir.Model, target: str) -> Lowered:
     """Replaces, in place, every node of the domain ``gdn_ops`` by what ``target`` has for it, and adds the bodies.
 
-    The model keeps the opset of its other nodes; ``stamps.raise_opset`` brings it to that of the result.
+    The model keeps the opset that it has; ``stamps.raise_opset``, before or after, brings it to that of the result.
 
     Raises:
         ValueError: ``target`` unknown, or a node that it cannot express.
@@ -240,6 +242,7 @@ def lower(model: ir.Model, target: str) -> Lowered:
             )
         name = _RULES[target][node.op_type](_Build(node, number))
         nodes[name] = nodes.get(name, 0) + 1
+    _without_round_trips(model)
     _distinct_names(model)
     for function in map(ir.serde.deserialize_function, _functions(sorted(nodes))):
         model.functions[function.identifier()] = function
@@ -248,6 +251,40 @@ def lower(model: ir.Model, target: str) -> Lowered:
     model.opset_imports.pop(DOMAIN, None)
     model.opset_imports.update({domain: 1 for domain in (DOMAIN, CONTRIB) if domain in used})
     return Lowered(nodes, OPSETS[target])
+
+
+def _without_round_trips(model: ir.Model) -> None:
+    """Gives the value itself to those who read it cast to a wider type and back.
+
+    ONNX Runtime removes such casts, at every level of optimisation, and forgets the branches and loops that read their
+    result from around them, as those of the bodies do: 1.32 then fails with ``Missing Input``.
+    """
+    import onnx_ir as ir
+
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        source = _before_widening(node) if node.op_type == "Cast" and node.domain == "" else None
+        if source is None:
+            continue
+        for user, index in tuple(node.outputs[0].uses()):
+            user.replace_input_with(index, source)
+        value = node.outputs[0]
+        while value is not source and not value.uses() and not value.is_graph_output():
+            cast, value = value.producer(), value.producer().inputs[0]
+            cast.graph.remove(cast, safe=True)
+
+
+def _before_widening(cast: ir.Node) -> ir.Value | None:
+    """The value that ``cast`` gives back, after casts that lost nothing of it; None if there is none."""
+    value, dtype = cast.inputs[0], cast.outputs[0].dtype
+    while value.dtype != dtype:
+        node = value.producer()
+        if node is None or node.op_type != "Cast" or node.domain != "":
+            return None
+        narrow = node.inputs[0].dtype
+        if narrow is None or value.dtype.name not in WIDER.get(narrow.name, ()):
+            return None
+        value = node.inputs[0]
+    return value if value is not cast.inputs[0] else None
 
 
 def _distinct_names(model: ir.Model) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
 
@@ -47,6 +49,36 @@ def test_a_defect_keeps_its_traceback(gdn, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda: {}["absent"])
     with pytest.raises(KeyError, match="absent"):
         gdn("doctor")
+
+
+def test_sigterm_ends_a_command_whatever_becomes_of_the_exception(gdn, monkeypatch):
+    """torch's C++ makes a TypeError of it, which would be a defect's traceback, or a line of an export's."""
+    from gdn_ops.cli import doctor
+
+    def ended():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SystemExit as end:
+            raise TypeError(f"argument 'stride' failed to unpack: {end}") from None
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(doctor, "examine", ended)
+    result = gdn("doctor")
+    assert (result.code, result.out, result.err) == (143, "", "") and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_commands_are_there_without_numpy():
+    """So that ``gdn doctor`` can say that it is missing."""
+    code = (
+        "import sys\n"
+        "sys.modules['numpy'] = None\n"
+        "from gdn_ops.cli import doctor, main\n"
+        "doctor.examine = lambda: {'ok': True}\n"
+        "sys.argv = ['gdn', 'doctor', '--json']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and json.loads(done.stdout) == {"ok": True}, done.stderr
 
 
 def test_help_loads_nothing_heavy():

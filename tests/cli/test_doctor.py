@@ -20,7 +20,7 @@ def test_report(report):
     assert report["versions"]["torch"] == doctor.metadata.version("torch")
     expected = {f"gdn::{name}" for name in gdn_ops.ops.__all__ if name not in ("batch_invariant", "save_list")}
     assert set(report["operators"]) == expected
-    assert all("CPU" in keys.split() for keys in report["operators"].values())
+    assert all({"CPU", "AutocastCPU", "AutocastCUDA"} <= set(keys.split()) for keys in report["operators"].values())
     probes = {probe["name"]: probe for probe in report["probes"]}
     assert "torch.compile(fullgraph=True), cpu float32" in probes
     assert len([name for name in probes if ", cpu " in name]) == 2 * len(doctor.PROBES) + 1

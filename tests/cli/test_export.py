@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import gdn_ops.export
 import pytest
@@ -97,7 +99,11 @@ def test_speeds_are_of_the_calls_made(monkeypatch):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["/no/such/folder"], "DIR: expected a trained model's folder, got /no/such/folder"),
+        (["/no/such/folder"], "DIR: expected a trained model's folder, got /no/such/folder, which does not exist"),
+        (
+            ["{trained}/config.json"],
+            "DIR: expected a trained model's folder, got {trained}/config.json, which is a file",
+        ),
         (["{trained}/checkpoints"], "DIR: expected config.json and model.safetensors in it"),
         (["{exported}"], "DIR: expected a trained model's folder, got the export"),
         (["{trained}", "--target", "onyx"], "'onyx' is not one of 'aoti'"),
@@ -214,4 +220,19 @@ def test_a_disk_that_fills_leaves_nothing_behind(gdn, trained, tmp_path, exporte
     exporter(lambda work: None)
     monkeypatch.setattr(folders, step, full)
     refused(gdn("export", trained, "--out", tmp_path / "out"), "[Errno 28] No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_leaves_nothing_behind(trained, tmp_path):
+    """Once the exporter has a folder of its own, beside the command's."""
+    command = [sys.executable, "-c", "from gdn_ops.cli import main; main()", "export", trained, "--device", "cpu"]
+    command = [str(word) for word in (*command, "--out", tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None and len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
+        assert len(list(tmp_path.iterdir())) == 2
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 143 and not out and "gdn:" not in err, err
     assert not list(tmp_path.iterdir())

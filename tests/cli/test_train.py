@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from gdn_ops.cli import checkpoint, history, training
-from gdn_ops.models import HybridLM
+from gdn_ops.models import HybridLM, pretrained
 from gdn_ops.models.hybrid import ACTIVATION_CHECKPOINTING
 from tests.cli.conftest import SIZES, SMALL
 
@@ -130,8 +132,9 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(gdn, trained, corpus,
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
 
 
-def test_a_killed_process_goes_on(trained, corpus, tmp_path):
-    """A real process, killed without warning in the middle of its saves."""
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_a_killed_process_goes_on(trained, corpus, tmp_path, sent, code):
+    """A real process, killed without warning in the middle of its saves, or ended by a scheduler."""
     run = tmp_path / "run"
     args = [*SIZES, "--data", corpus, "--steps", 6, "--save-every", 1, "--out", run]
     command = [sys.executable, "-c", "from gdn_ops.cli import main; main()", "train", *map(str, args)]
@@ -140,9 +143,10 @@ def test_a_killed_process_goes_on(trained, corpus, tmp_path):
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None and checkpoint.newest(run) is None:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(sent)
     process.wait()
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == code
+    assert sent == signal.SIGKILL or not list((run / "checkpoints").glob(".*"))
     assert HybridLM.from_pretrained(checkpoint.newest(run)).num_parameters() > 0
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -181,6 +185,30 @@ def test_compilation_is_the_default(gdn, corpus, tmp_path, monkeypatch):
     args = [word for word in SIZES if word != "--no-compile"]
     assert gdn("train", *args, "--data", corpus, "--steps", 1, "--out", tmp_path / "run").code == 0
     assert compiled == [{"fullgraph": True}]
+
+
+@pytest.mark.parametrize("fills", ["model", "state"])
+def test_a_disk_that_fills_is_one_line(gdn, corpus, tmp_path, monkeypatch, fills):
+    """Neither safetensors nor torch makes an OSError of it themselves."""
+    full = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+    def save_file(weights, path, metadata):
+        raise SafetensorError(full)
+
+    if fills == "model":
+        monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    else:
+        monkeypatch.setattr(
+            pretrained, "Archive", lambda path, mode, whole=pretrained.Archive: whole("/dev/full", mode)
+        )
+    args = [*SIZES, "--data", corpus, "--steps", 1, "--out", tmp_path / "run"]
+    told = f"got [Errno 28] {full if fills == 'model' else 'No space left on device'}"
+    result = gdn("train", *args)
+    assert result.code == 2 and result.err.splitlines()[-1].startswith("gdn: --out: expected"), result.err
+    assert result.err.splitlines()[-1].endswith(told) and "Traceback" not in result.err
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    monkeypatch.undo()
+    assert gdn("train", *args).code == 0
 
 
 @pytest.mark.gpu

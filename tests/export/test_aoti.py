@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 
 import pytest
 import torch
-from gdn_ops.export import ParityError, export_aoti, load_package, parity, verify
+from gdn_ops.export import ParityError, aoti, export_aoti, load_package, parity, verify
 from gdn_ops.export.program import flatten_state
 
 import gdn_ops
+from gdn_ops.models.pretrained import Archive
 from tests.export import modules
 
 SIZES = ((1, 1), (2, 63), (1, 64), (3, 65), (2, 300))
@@ -219,3 +221,11 @@ def test_plain_torch_usage_of_the_docstring(language_model, monkeypatch):
     exec("\n".join(line[4:] for line in code.splitlines()).replace("out/", f"{result.out_dir}/"), scope)
     assert list(scope["state"]) == [x["name"] for x in scope["states"]]
     assert scope["logits"].isfinite().all()
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    """Told of it at once, torch's writer would end the process."""
+    monkeypatch.setattr(aoti, "Archive", lambda path, mode: Archive("/dev/full", mode))
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        export_aoti(torch.nn.Linear(3, 2), tmp_path / "out", (torch.ones(1, 3),))
+    assert raised.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

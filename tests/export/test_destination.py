@@ -78,6 +78,34 @@ def test_what_was_added_to_an_earlier_export_is_kept(tmp_path, add, told):
     assert sorted(out.rglob("*")) == before and (out / "file").read_text() == "first" and names(tmp_path) == ["out"]
 
 
+def test_a_folder_that_cannot_be_read_is_no_part_of_an_export(tmp_path, monkeypatch):
+    out, look = tmp_path / "out", Path.iterdir
+    export(out, "first")
+    (out / "secret").mkdir()
+    (out / "secret" / "part").write_text("precious")
+
+    def refuses(self):
+        if self.name == "secret":
+            raise PermissionError("no")
+        return look(self)
+
+    monkeypatch.setattr(Path, "iterdir", refuses)
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: [*look(self)])  # as it does where it cannot look
+    with pytest.raises(ValueError, match=f"{OTHERS}: secret$"):
+        check_destination(out)
+
+
+def test_a_folder_without_an_export_is_not_walked(tmp_path, monkeypatch):
+    """As the root of a disk is not, where much cannot be read and a walk takes minutes."""
+    (tmp_path / "a" / "deep").mkdir(parents=True)
+    (tmp_path / "manifest.json").write_text('{"name": "another project", "files": []}')
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: pytest.fail("walked"))
+    with pytest.raises(ValueError, match=f"{OTHERS}: a, manifest.json$"):
+        check_destination(tmp_path)
+    with pytest.raises(ValueError, match=f"{OTHERS}: .* and [0-9]+ more$"):
+        check_destination(Path("/"))
+
+
 @pytest.mark.parametrize("files", [None, 1, [1, []], "file"])
 def test_a_manifest_that_does_not_list_its_files_covers_none(tmp_path, files):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT, "files": files}))

@@ -247,6 +247,62 @@ def test_no_state_grouped_heads_and_a_scale(target, tmp_path):
     session.close()
 
 
+class Wide(torch.nn.Module):
+    """Values that come to the rules from a wider type and are results too."""
+
+    def forward(self, q, k, v, g, beta, state):
+        beta, state = beta.double(), state.double().float()
+        o, after = gdn_ops.chunk_gated_delta_rule(q, k, v, g, beta, initial_state=state, output_final_state=True)
+        linear, _ = gdn_ops.chunk_gated_linear_attention(q, k, v, g.double(), initial_state=after.double())
+        return o, linear, after, beta, state
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_comes_to_a_rule_through_float64(target, tmp_path):
+    """ONNX Runtime removes a cast up and back again, and forgets the branches that read its result."""
+    inputs, shapes = (
+        (*rule_inputs(2, 70, 2, 2, 8, 8), torch.randn(2, 2, 8, 8)),
+        (*rule_shapes(), {0: Dim("batch", min=1)}),
+    )
+    result = export_onnx(Wide(), tmp_path / "out", target, inputs, shapes)
+    session = Session(result.files["model.onnx"])
+    for B, T in ((1, 1), (3, 64)):
+        inputs = *rule_inputs(B, T, 2, 2, 8, 8, seed=T), torch.randn(B, 2, 8, 8)
+        errors = parity.compare(session(*inputs), Wide()(*inputs), session.outputs)
+        assert list(errors) == ["0", "1", "2", "3", "4"] and max(errors.values()) < 1e-5, (B, T, errors)
+    session.close()
+    model = onnx.load(str(result.files["model.onnx"]))
+    casts = [node for node in model.graph.node if node.op_type == "Cast"]
+    up = [node.input[0] for node in casts if node.attribute[0].i == onnx.TensorProto.DOUBLE]
+    assert up == ["beta", "state"], "those that are results"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_none_among_the_results_is_left_out(target, tmp_path):
+    """As it is in a package, wherever it stands; also beside an argument that is a result."""
+
+    class Some(torch.nn.Module):
+        def forward(self, q, k, v, g, beta):
+            return None, gdn_ops.chunk_gated_delta_rule(q, k, v, g, beta), {"beta": beta, "none": None}
+
+    inputs = rule_inputs(2, 70, 2, 2, 8, 8)
+    result = export_onnx(Some(), tmp_path / "out", target, inputs, rule_shapes())
+    assert [x["name"] for x in program_of(result)["outputs"]] == ["1.0", "2.beta"]
+    assert result.report["passed"] and result.report["cases"][0]["worst"] == "1.0"
+    session = Session(result.files["model.onnx"])
+    inputs = rule_inputs(1, 33, 2, 2, 8, 8, seed=1)
+    errors = parity.compare(session(*inputs), Some()(*inputs), session.outputs)
+    assert list(errors) == ["1.0", "2.beta"] and max(errors.values()) < 1e-5, errors
+    session.close()
+
+
+def test_a_result_after_none_counts():
+    eager = (None, torch.ones(3), 4, torch.zeros(2))
+    assert parity.compare((torch.ones(3), 4, torch.zeros(2)), eager, ["1", "3"]) == {"1": 0.0, "3": 0.0}
+    assert parity.compare((None, torch.ones(3), 4, torch.ones(2)), eager, ["1", "3"])["3"] > 1
+    assert parity.compare((torch.ones(3), 4), eager, ["1", "3"]) == {"number of results": float("inf")}
+
+
 def test_a_state_that_is_an_input_an_output_and_unused(tmp_path):
     """Results that are an argument, twice the same, and a constant all get names of their own."""
 

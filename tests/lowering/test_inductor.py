@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from gdn_ops.lowering import inductor
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 import gdn_ops
 from tests.oracle import make_inputs
@@ -26,6 +28,19 @@ def test_compiler_errors_are_shown(monkeypatch, tmp_path):
     monkeypatch.setattr(inductor, "SOURCES", tmp_path)
     with pytest.raises(RuntimeError, match=r"did not compile[\s\S]*no C"):
         inductor.cpu_archive()
+
+
+@pytest.mark.parametrize(
+    ("cxx", "told"), [(None, "CXX$"), ("nonexist", "CXX to another than 'nonexist', which does not")]
+)
+def test_a_compiler_that_is_not_there_is_named(monkeypatch, cxx, told):
+    def absent():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", absent)
+    monkeypatch.delenv("CXX", raising=False) if cxx is None else monkeypatch.setenv("CXX", cxx)
+    with pytest.raises(RuntimeError, match=rf"needs a C\+\+ compiler: .* set the environment variable {told}"):
+        inductor.compiler()
 
 
 def test_packaging_restores_the_environment(monkeypatch):

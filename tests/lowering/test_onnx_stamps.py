@@ -32,6 +32,31 @@ def test_raised_to_what_is_asked():
     assert [node.op_type for node in proto.graph.node] == ["Softplus", "Shape", "Reshape"]
 
 
+RULE = (
+    "agraph (float[B,T,2,4] q, float[B,T,2,4] k, float[B,T,2,4] v, float[B,T,2] g_in, float[B,T,2] b, "
+    "float[B,2,4,4] s) => (float[B,T,2,4] o, float[B,2,4,4] n) { g = Softplus (g_in) "
+    "o, n = gdn_ops.GatedDeltaRule <scale = 0.5> (q, k, v, g, b, s) }"
+)
+
+
+@pytest.mark.parametrize("first", ["raise", "lower"])
+def test_lowered_before_or_after_it_is_raised(first):
+    import onnx_ir as ir
+
+    model = as_ir(RULE)
+    model.graph[0].outputs[0].dtype = ir.DataType.FLOAT
+    if first == "raise":
+        raise_opset(model, 27)
+    assert lower(model, "onnx27").opset == 27
+    if first == "lower":
+        assert model.opset_imports[""] == 18
+        raise_opset(model, 27)
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    assert check_stamps(proto, 27) == {"ai.onnx": 27}
+    assert "LinearAttention" in {node.op_type for node in proto.graph.node}
+
+
 def test_a_node_that_changed_is_refused():
     """Mod takes other types since opset 28, which is beyond what is known to mean the same."""
     model = as_ir("agraph (int64[N] x) => (int64[N] y) { y = Mod (x, x) }")

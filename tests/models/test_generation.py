@@ -172,6 +172,11 @@ def test_each_row_is_drawn_from_its_own_logits():
         (TypeError, {"generator": 3}, r"generator: expected a torch\.Generator, got int"),
         (ValueError, {"input_ids": PROMPT[0]}, r"input_ids: expected \[B, T\], got shape \(9,\)"),
         (ValueError, {"attention_mask": PROMPT[:, 1:]}, r"attention_mask: expected shape \(2, 9\), got \(2, 8\)"),
+        (
+            ValueError,
+            {"attention_mask": torch.tensor([[1], [0]]).expand(2, 9)},
+            "attention_mask: expected a real token in every row, got none in row 1",
+        ),
     ],
 )
 def test_bad_arguments_are_named_before_the_first_token(kind, arguments, message):

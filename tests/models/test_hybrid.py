@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import warnings
 
 import pytest
 import torch
+from torch.nn.functional import dropout
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdn_ops.models import HybridConfig, HybridLM, hybrid
+from gdn_ops.models import HybridConfig, HybridLM, HybridOutput, hybrid
 from gdn_ops.ops import save_list
 from tests.models.models import PATTERNS, make, tokens
 from tests.nn import plain
@@ -118,6 +120,45 @@ def test_the_loss_alone(given, tied, device):
         assert_close(p.grad, gradients[name], 5e-5, "d" + name)
     with torch.no_grad():
         assert_close(model(ids, **options, return_logits=False).loss, want, 1e-6, "loss without gradients")
+
+
+@pytest.mark.parametrize("given", ["bias", "hook", "wrapped"])
+def test_the_loss_alone_is_that_of_a_replaced_head(given):
+    model, ids = make(tie_word_embeddings=False), tokens(2, 9)
+    head = model.lm_head
+    if given == "bias":
+        model.lm_head = torch.nn.Linear(32, 40, dtype=torch.float64)
+    elif given == "hook":
+        head.register_forward_hook(lambda module, args, y: 3 * y)
+    else:
+        model.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
+    want, got = model(ids, labels=ids), model(ids, labels=ids, return_logits=False)
+    assert torch.equal(got.loss, want.loss) and got.logits is None
+    got.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_linear_layers_may_be_quantised():
+    model, ids = make("GSM", torch.float32, num_hidden_layers=3).eval(), tokens(2, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        low = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert error(low(ids).logits, model(ids).logits) < 0.3
+    assert torch.equal(low.generate(ids, 3)[:, :9], ids)
+    with pytest.raises(ValueError, match=r"hidden_states: expected shape \[B, T, 32\], got \(1, 2, 31\)"):
+        low.layers[0].mixer(torch.zeros(1, 2, 31))
+    for layer in low.layers:
+        state = layer.mixer.init_state(2)
+        assert {s.dtype for name, s in state.items() if name != "position"} == {torch.float32}
+
+
+def test_an_exported_model_is_saved_and_loaded(tmp_path):
+    """Its result is a HybridOutput."""
+    model, ids = make("GS", torch.float32).eval(), tokens(2, 9)
+    torch.export.save(torch.export.export(model, (ids,)), tmp_path / "model.pt2")
+    output = torch.export.load(tmp_path / "model.pt2").module()(ids)
+    assert isinstance(output, HybridOutput) and output.loss is None
+    assert_close(output.logits, model(ids).logits, 1e-6, "logits")
 
 
 def test_ignored_labels():
@@ -268,6 +309,22 @@ def test_activation_checkpointing(kind, calls):
         assert_close(p.grad, want[name], 1e-12, "d" + name)
 
 
+@pytest.mark.parametrize("kind", ["elementwise", "selective", "full"])
+def test_activation_checkpointing_draws_the_same_twice(kind):
+    """Dropout, as adapters bring it."""
+    model, ids = make("GS"), tokens(2, 20)
+    for layer in model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, y: dropout(y, 0.5))
+
+    def gradients(kind):
+        model.activation_checkpointing = kind
+        torch.manual_seed(3)
+        return torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+
+    for got, want in zip(gradients(kind), gradients("none")):
+        assert_close(got, want, 1e-12, kind)
+
+
 def test_activation_checkpointing_is_checked():
     model = HybridLM(make().config, activation_checkpointing="full")
     assert model.activation_checkpointing == "full" and make().activation_checkpointing == "none"
@@ -303,6 +360,28 @@ def test_initial_weights():
     assert (model.layers[0].mixer.A_log <= 2.7726).all() and model.layers[0].mixer.conv_weight.abs().max() <= 0.5
 
 
+@pytest.mark.parametrize("pattern", ["GS", "MD"])
+def test_a_model_made_without_numbers_is_initialised(pattern):
+    with torch.device("meta"):
+        model = make(pattern, torch.float32, "meta")
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(torch.nan)
+    model.reset_parameters()
+    new = HybridLM(model.config)
+    for (name, p), q in zip(model.named_parameters(), new.parameters()):
+        if name.endswith(("norm.weight", ".D")):
+            assert torch.equal(p, q), name
+        elif name.endswith("A_log"):
+            assert (p.exp() <= 16).all() and p.unique().numel() == p.numel()
+        elif name.endswith("dt_bias"):
+            step = torch.nn.functional.softplus(p)
+            assert (step >= 0.99e-3).all() and (step <= 0.101).all() and p.unique().numel() == p.numel()
+        else:
+            assert p.std().item() == pytest.approx(q.std().item(), rel=0.3), name
+
+
 def test_a_step_of_training_lowers_the_loss():
     model, ids = make(dtype=torch.float32, initializer_range=0.02), tokens(2, 40)
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-2)
@@ -336,6 +415,11 @@ BAD_CALLS = {
     "labels type": (TypeError, {"labels": 3}, r"labels: expected a torch\.Tensor, got int"),
     "labels dtype": (TypeError, {"labels": IDS.int()}, r"labels: expected dtype torch\.int64, got torch\.int32"),
     "labels shape": (ValueError, {"labels": IDS[:, :4]}, r"labels: expected shape \(2, 5\), got \(2, 4\)"),
+    "labels device": (
+        ValueError,
+        {"labels": IDS.to("meta")},
+        r"labels: expected device cpu \(as input_ids\), got meta",
+    ),
     "label": (ValueError, {"labels": IDS * 0 + 41}, r"labels: expected -100 or tokens in \[0, 40\), got 41"),
     "mask": (ValueError, {"attention_mask": IDS[0]}, r"attention_mask: expected shape \(2, 5\), got \(5,\)"),
     "bounds": (

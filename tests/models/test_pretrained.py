@@ -127,6 +127,13 @@ def test_damage_is_named(saved, case):
         HybridLM.from_pretrained(saved)
 
 
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_a_device_that_cannot_hold_the_weights_is_named(saved, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"device: expected one of this machine's that holds numbers, got {device}"):
+        HybridLM.from_pretrained(saved, device=device)
+
+
 def test_a_folder_that_is_none(tmp_path):
     with pytest.raises(ValueError, match=r"folder: expected a saved model with config\.json, got"):
         HybridLM.from_pretrained(tmp_path / "nowhere")
@@ -155,6 +162,21 @@ def test_a_failed_save_leaves_the_old_one_whole(saved, monkeypatch, fails):
     with pytest.raises(OSError, match="no space left"):
         HybridLM(HybridConfig.preset("tiny")).save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_other_weights_than_the_models_own(saved):
+    model = make()
+    state = {name: x * 2 for name, x in model.state_dict().items()}
+    model.save_pretrained(saved, state)
+    read = HybridLM.from_pretrained(saved).state_dict()
+    assert all(torch.equal(read[name], x) for name, x in state.items())
+    with pytest.raises(ValueError, match=r"state_dict: expected the weight norm\.weight \(32,\), got none"):
+        model.save_pretrained(saved / "new", {name: x for name, x in state.items() if name != "norm.weight"})
+    with pytest.raises(ValueError, match=r"state_dict: expected norm\.weight of shape \(32,\), got \(1,\)"):
+        model.save_pretrained(saved / "new", {**state, "norm.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"state_dict: expected tensors, got tuple for norm\.weight"):
+        model.save_pretrained(saved / "new", {**state, "norm.weight": (1, 2)})
+    assert not (saved / "new").exists()
 
 
 def test_other_files_in_the_folder_stay(saved):

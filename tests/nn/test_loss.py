@@ -95,6 +95,31 @@ def test_fp16_keeps_small_gradients():
     assert_close(dx, want, TOLERANCE[torch.float16].grads, "dx")
 
 
+@on_devices
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp16", "autocast"])
+def test_fp16_sums_over_tokens_do_not_overflow(autocast, device):
+    """20000 tokens of 16 come to 320000 before they are divided; fp16 ends at 65504."""
+    dtype = torch.float32 if autocast else torch.float16
+    x = (torch.ones(20000, D) * 16).to(device, dtype).requires_grad_()
+    weight, targets = (
+        torch.zeros(4, D, dtype=dtype, device=device, requires_grad=True),
+        torch.zeros(20000, device=device),
+    )
+    with torch.autocast(device, torch.float16, enabled=autocast):
+        value = linear_cross_entropy(x, weight, targets.long(), 8)
+    (value * 100).backward()
+    assert_close(weight.grad[:, 0], torch.tensor([-1200.0, 400.0, 400.0, 400.0]), 2e-3, "dweight")
+    assert weight.grad.dtype == x.grad.dtype == dtype and not x.grad.any()
+
+
+def test_fp16_part_of_the_loss():
+    """A power of two; 1 wherever sums have room, without tokens and with zeros, too."""
+    x = torch.ones(1000, 3, dtype=torch.float16)
+    for scale, want in ((0, 1), (32, 1), (33, 1 / 2), (1000, 1 / 32)):
+        assert loss._part_for_fp16(x * scale) == want
+    assert loss._part_for_fp16(x[:0]) == 1
+
+
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 def test_one_gradient_alone(frozen):
     x, weight, targets = samples(30)
@@ -139,9 +164,24 @@ def test_transforms_of_torch_func():
     def hessian(f):
         return torch.func.hessian(f)(x[0], weight, targets[0])
 
+    def scaled(x, weight, targets):
+        return linear_cross_entropy(x * 1.0, weight * 1.0, targets)
+
     for transform in (per_sample, hessian):
         for got, want in zip(transform(linear_cross_entropy), transform(plain)):
             assert_close(got, want, 1e-5, "derivative")
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda transform=transform: transform(scaled), backend="aot_eager", fullgraph=True)
+        for got, want in zip(compiled(), transform(plain)):
+            assert_close(got, want, 1e-5, "compiled derivative")
+
+
+def test_one_row_without_other_dimensions():
+    x, weight, targets = samples(3)
+    got = linear_cross_entropy(x[1], weight, targets[1])
+    got.backward()
+    assert_close(got, F.cross_entropy(x[1] @ weight.T, targets[1]), 1e-6, "loss")
+    assert x.grad[1].any() and not x.grad[0].any()
 
 
 def test_shapes_without_numbers():
@@ -188,6 +228,13 @@ REFUSED = {
         (X, WEIGHT[:, :5], TARGETS),
         r"weight: expected \[V, D\] for x \[\.\.\., D\], got \(300, 5\)",
     ),
+    "no features": (
+        ValueError,
+        (X[..., :0], WEIGHT[:, :0], TARGETS),
+        r"x: expected \[\.\.\., D\] with D of at least 1",
+    ),
+    "weight device": (ValueError, (X, WEIGHT.to("meta"), TARGETS), r"weight: expected device cpu \(as x\), got meta"),
+    "targets device": (ValueError, (X, WEIGHT, TARGETS.to("meta")), r"targets: expected device cpu \(as x\), got meta"),
     "targets shape": (ValueError, (X, WEIGHT, TARGETS[:1]), r"targets: expected shape \(2, 3\), got \(1, 3\)"),
     "targets dtype": (TypeError, (X, WEIGHT, TARGETS.int()), r"targets: expected dtype torch\.int64, got torch\.int32"),
     "targets range": (ValueError, (X, WEIGHT, TARGETS + V), r"targets: expected -100 or numbers in \[0, 300\), got 3"),

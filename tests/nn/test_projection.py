@@ -76,6 +76,23 @@ def test_replaced_and_hooked_layers_are_called():
     assert torch.equal(got[1], 2 * F.linear(x, layers[1].weight))
 
 
+@pytest.mark.parametrize("given", ["a bias", "a forward", "no width"])
+def test_layers_that_do_more_than_multiply_are_called(given):
+    layers, x = make((9, 9))
+    if given == "a bias":
+        layers[0] = nn.Linear(24, 9, dtype=torch.float64)
+    elif given == "a forward":
+        own = layers[0].forward
+        layers[0].forward = lambda x: own(x) + 3
+    else:
+        layers[0] = nn.Sequential(layers[0], nn.Tanh())
+    compiled = torch.compile(lambda x: project(x, *layers), backend="aot_eager", fullgraph=True)
+    for got, layer in zip(compiled(x), layers):
+        assert_close(got, layer(x), 1e-12, given)
+    sum(y.sum() for y in compiled(x)).backward()
+    assert all(p.grad is not None for layer in layers for p in layer.parameters())
+
+
 class _Layers(nn.Module):
     def __init__(self, layers):
         super().__init__()
