@@ -85,6 +85,7 @@ def _write(
     programs, entries, loaded = {}, {}, {}
     for name, item in plans.items():
         programs[name] = export_plan(item)
+        manifests.refuse_results(item, programs[name], int, torch.SymInt)
         entries[name] = manifests.describe_program(item, programs[name])
         _refuse_unsupported(name, programs[name], entries[name]["operators"], device)
     for name, program in programs.items():

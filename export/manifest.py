@@ -94,6 +94,20 @@ def _output_names(program: ExportedProgram, item: Plan) -> list[str]:
     return [path_name(path) or "output" for path, _ in pytree.tree_flatten_with_path(tree)[0]]
 
 
+def _results(item: Plan, program: ExportedProgram) -> list[tuple[str, Any]]:
+    """What the program returns, by name: fake tensors, symbolic integers and constants."""
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    results = [getattr(node, "meta", {}).get("val", node) for node in output.args[0]]
+    return list(zip(_output_names(program, item), results[len(results) - program.call_spec.out_spec.num_leaves :]))
+
+
+def refuse_results(item: Plan, program: ExportedProgram, *kinds: type) -> None:
+    """ValueError unless every result is a tensor, None, or of one of ``kinds``, which the artifact can give back."""
+    for name, result in _results(item, program):
+        if result is not None and not isinstance(result, (torch.Tensor, *kinds)):
+            raise ValueError(f"model: expected tensors as results, got {result!r} for {name}")
+
+
 def describe_program(item: Plan, program: ExportedProgram) -> dict[str, Any]:
     """Inputs, outputs, dynamic ranges, states and operators of one program."""
     names = dimension_names(item, program)
@@ -102,9 +116,6 @@ def describe_program(item: Plan, program: ExportedProgram) -> dict[str, Any]:
         bounds = program.range_constraints[symbol]
         upper = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**62 else None
         ranges[name] = {"min": int(bounds.lower), "max": upper}
-    (output,) = (node for node in program.graph.nodes if node.op == "output")
-    results = [getattr(node, "meta", {}).get("val", node) for node in output.args[0]]
-    results = results[len(results) - program.call_spec.out_spec.num_leaves :]
 
     def role(name: str) -> str:
         return "state" if name in item.states else "tensor"
@@ -113,9 +124,7 @@ def describe_program(item: Plan, program: ExportedProgram) -> dict[str, Any]:
         "operators": operators(program),
         "dynamic": ranges,
         "inputs": [_tensor(n, t, names, role(n)) for n, t in zip(item.inputs, user_tensors(program))],
-        "outputs": [
-            _tensor(n, t, names, role(n)) for n, t in zip(_output_names(program, item), results) if torch.is_tensor(t)
-        ],
+        "outputs": [_tensor(n, t, names, role(n)) for n, t in _results(item, program) if torch.is_tensor(t)],
         "states": {name: name for name in item.states},
     }
 

@@ -27,6 +27,7 @@ FOLDED = 1024
 
 def module(program_name: str, item: Plan, program: ExportedProgram, target: str) -> tuple[ir.Model, dict[str, Any]]:
     """The graph of a program and what the manifest says of it, names of both alike."""
+    manifests.refuse_results(item, program)
     entry = manifests.describe_program(item, program)
     model = translate(program_name, program, entry["operators"])
     simplify(model, target)

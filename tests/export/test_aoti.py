@@ -129,6 +129,8 @@ def test_refusals_leave_nothing_behind(tmp_path, monkeypatch):
     q, g = torch.randn(1, 4, 2, 8), -torch.rand(1, 4, 2)
     with pytest.raises(ValueError, match="gdn::recurrent_gated_delta_rule_: it has no C"):
         export_aoti(modules.InPlace(), tmp_path / "out", (q, g, torch.zeros(1, 2, 8, 8)))
+    with pytest.raises(ValueError, match=r"model: expected tensors as results, got 0\.5 for half"):
+        export_aoti(modules.Constants(), tmp_path / "out", (torch.ones(2, 3),))
     with pytest.raises(ValueError, match="expected it on cpu or cuda, got meta"):
         export_aoti(torch.nn.Linear(1, 1, device="meta"), tmp_path / "out", (torch.ones(1, 1, device="meta"),))
     assert [path.name for path in tmp_path.iterdir()] == ["used"]

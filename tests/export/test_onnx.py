@@ -386,6 +386,8 @@ def test_refusals_name_what_to_do(tmp_path):
     inputs = modules.packed_inputs([0, 9, 9, 40])
     with pytest.raises(ValueError, match="cu_seqlens: packed sequences have no form in ONNX"):
         export_onnx(modules.Packed(), out, "portable", inputs, modules.packed_shapes())
+    with pytest.raises(ValueError, match="model: expected tensors as results, got 3 for rows"):
+        export_onnx(modules.Constants(), out, "portable", (torch.ones(3, 2),))
     pool = torch.rand(1, 1, 2, 4), -torch.rand(1, 1, 2), torch.rand(3, 2, 4, 4)
     with pytest.raises(ValueError, match=r"recurrent_gated_delta_rule_: it writes into its argument"):
         export_onnx(modules.InPlace(), out, "ort", pool)
