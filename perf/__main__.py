@@ -53,7 +53,7 @@ def _chosen(names: Sequence[str] | None, table: dict) -> list:
 
 def _need_cuda(parser: argparse.ArgumentParser, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
-        parser.error("device: expected a CUDA device, and torch finds none; use --device cpu")
+        parser.error("device: expected a CUDA device, and torch finds none (op, linear, train, kernels: --device cpu)")
 
 
 def op(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
@@ -148,7 +148,9 @@ def plot(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 
     try:
         written = draw(a.csv, a.out)
-    except (ImportError, OSError, ValueError) as error:
+    except OSError as error:
+        parser.error(f"csv, out: expected files to read and a folder to write, got {error}")
+    except (ImportError, ValueError) as error:
         parser.error(str(error))
     for path in written:
         print(path)

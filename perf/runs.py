@@ -197,6 +197,6 @@ def run(
     # Those from elsewhere are of the delta rule.
     print("\n" + summary(recorder.rows, env, providers.OURS, compare=costs is None))
     for shape, direction in skipped:
-        print(f"not measured, the budget of {budget:.0f} s was spent: {shape} {direction}")
+        print(f"not measured, the budget of {budget:g} s was spent: {shape} {direction}")
     print(f"\n{len(recorder.rows)} rows in {csv}, {time.perf_counter() - start:.0f} s")
     return recorder.rows

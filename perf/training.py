@@ -277,7 +277,7 @@ def run(
             print(f"{preset} {size} {row.provider}: {shown} {row.note}".rstrip(), flush=True)
     print("\n" + summary(recorder.rows))
     for preset, size in skipped:
-        print(f"not measured, the budget of {budget:.0f} s was spent: {preset} {size}")
+        print(f"not measured, the budget of {budget:g} s was spent: {preset} {size}")
     print(f"\n{len(recorder.rows)} rows in {csv}, {time.perf_counter() - start:.0f} s")
     return recorder.rows
 

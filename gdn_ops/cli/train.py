@@ -89,7 +89,7 @@ def command(
         raise UserError(f"--warmup: expected at most --steps {steps}, got {warmup}")
     need("safetensors", "gdn train", "hf")
     need("matplotlib", "the loss curve")
-    from gdn_ops.cli import corpus, training
+    from gdn_ops.cli import checkpoint, corpus, training
     from gdn_ops.cli.device import pick
 
     text, chosen = _text(tokenizer), pick(device)
@@ -107,6 +107,8 @@ def command(
         eval_every=max(1, steps // 10) if eval_every is None else eval_every, eval_batches=eval_batches,
         stop_at=stop_at,
     )  # fmt: skip
+    if resume and checkpoint.newest(out) is None:
+        raise UserError(f"--resume: expected a run with a checkpoint in {out}, got none")
     with training.claimed(out), _written(out):
         start = training.enter(out, recipe, resume)
         tokens = corpus.split(corpus.tokenize(found, recipe.data, text, out, _say), held_out, seq_len)
@@ -118,9 +120,11 @@ def command(
         began, first = time.perf_counter(), run.step
         try:
             run.go(tokens)
-        except KeyboardInterrupt:
-            _say(f"interrupted after step {run.step}; the same command goes on from the last checkpoint")
-            raise typer.Exit(130) from None
+        except (KeyboardInterrupt, SystemExit) as end:
+            kept = checkpoint.newest(out) is not None
+            later = "goes on from the last checkpoint" if kept else "begins anew: there is no checkpoint yet"
+            _say(f"interrupted after step {run.step}; the same command {later}")
+            raise (typer.Exit(130) if isinstance(end, KeyboardInterrupt) else end) from None
         _report(out, run.step, first, steps, time.perf_counter() - began)
 
 

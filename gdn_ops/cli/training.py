@@ -91,8 +91,6 @@ def enter(folder: Path, recipe: Recipe, resume: bool | None) -> Path | None:
     if kept.exists() and not kept.is_dir():
         raise UserError(f"--out: expected a folder of checkpoints, got the file {kept}")
     if newest is None:  # nothing has been learnt here that another recipe could contradict
-        if resume:
-            raise UserError(f"--resume: expected a run with a checkpoint in {folder}, got none")
         fields = {"format": FORMAT, "version": VERSION, **asdict(recipe)}
         write_file(path, json.dumps(fields, indent=2).encode() + b"\n")
         return None

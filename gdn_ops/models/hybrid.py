@@ -30,7 +30,7 @@ from gdn_ops.nn import Padding, RMSNorm, SwiGLU, linear_cross_entropy
 from gdn_ops.nn.loss import IGNORED, wrong_target
 from gdn_ops.nn.mixer import RecurrentMixer, check_position
 from gdn_ops.nn.padding import check_rows
-from gdn_ops.nn.projection import only_weight
+from gdn_ops.nn.projection import only_weight, weight_of
 from gdn_ops.ops import save_list
 from gdn_ops.validation import has_values
 
@@ -155,7 +155,7 @@ class HybridLM(nn.Module):
             >>> model = HybridLM(HybridConfig.preset("tiny"))
             >>> optimizer = torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), lr=4e-4)
         """
-        kept = [p for n, p in self.named_parameters() if p.dim() < 2 or n.endswith("conv_weight")]
+        kept = [p for n, p in self.named_parameters() if p.dim() < 2 or "conv_weight" in n]
         kept_ids = {id(p) for p in kept}
         decayed = [p for p in self.parameters() if id(p) not in kept_ids]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
@@ -168,7 +168,8 @@ class HybridLM(nn.Module):
             raise TypeError(f"batch: expected an integer, got {type(batch).__name__}")
         if batch < 1:
             raise ValueError(f"batch: expected at least 1, got {batch}")
-        weight = self.embedding.weight
+        weights = (weight_of(self.embedding), *(p for p in self.parameters() if p.is_floating_point()))
+        weight = next(x for x in weights if x is not None)
         device, dtype = torch.device(device or weight.device), dtype or weight.dtype
         layers = {}
         for index, layer in enumerate(self.layers):
@@ -184,6 +185,7 @@ class HybridLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         return_logits: bool = True,
+        last_logits: bool = False,
     ) -> HybridOutput:
         """Logits of the next token at every position.
 
@@ -199,6 +201,7 @@ class HybridLM(nn.Module):
             return_logits: False, with labels, gives the loss alone, by :func:`gdn_ops.nn.linear_cross_entropy`: for
                 training, where all logits at once would be the largest tensors of a step. A head that does more than
                 multiply by its weight (it was replaced, or has hooks) is called, and then they are all there.
+            last_logits: logits ``[B, 1, vocab_size]`` of each row's last real token only; without labels.
 
         Raises:
             ValueError, TypeError: naming the argument.
@@ -209,9 +212,13 @@ class HybridLM(nn.Module):
             raise ValueError("labels: expected labels with return_logits=False, got None")
         if labels is not None:
             self._check_labels(labels, input_ids)
+            if last_logits:
+                raise ValueError("last_logits: expected False together with labels, got True")
         padding = None if attention_mask is None else Padding.of(attention_mask)
         ids = input_ids if padding is None else padding.compact(input_ids)
         x, state = self._stream(ids, state, cu_seqlens, None if padding is None else padding.lengths)
+        if last_logits:
+            return HybridOutput(self._logits(x[:, -1:] if padding is None else padding.last(x)), None, state)
         x = x if padding is None else padding.restore(x)
         targets = None if labels is None else _targets(labels, cu_seqlens, attention_mask, padding)
         if not return_logits and (self.lm_head is None or only_weight(self.lm_head)):
@@ -231,15 +238,8 @@ class HybridLM(nn.Module):
     ) -> tuple[Tensor, State]:
         """As :meth:`prefill`, but logits ``[B, vocab_size]`` of each row's last real token only: at a vocabulary of
         32000, all of a long prompt's would be far larger than the rest of the computation."""
-        self._check_ids(input_ids, "input_ids", 2)
-        check_rows(input_ids, "input_ids", attention_mask, None, None)
-        if attention_mask is None:
-            x, state = self._stream(input_ids, self._required(state), None, None)
-            return self._logits(x[:, -1]), state
-        padding = Padding.of(attention_mask)
-        x, state = self._stream(padding.compact(input_ids), self._required(state), None, padding.lengths)
-        last = (padding.lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])
-        return self._logits(x.gather(1, last)[:, 0]), state
+        output = self(input_ids, state=self._required(state), attention_mask=attention_mask, last_logits=True)
+        return output.logits[:, 0], output.state
 
     def step(self, input_ids: Tensor, state: State) -> tuple[Tensor, State]:
         """One token a row, ``input_ids [B]``, after ``state``: ``(logits [B, vocab_size], new state)``."""
@@ -368,11 +368,15 @@ class HybridLM(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """``[vocab_size, hidden_size]``: what logits are made with, the embedding if it is tied."""
-        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        weight = getattr(self.embedding if self.lm_head is None else self.lm_head, "weight", None)
+        if not isinstance(weight, Tensor):
+            name = "embedding" if self.lm_head is None else "lm_head"
+            raise TypeError(f"{name}: expected a layer with a weight to make logits with, got {getattr(self, name)}")
+        return weight
 
     def _logits(self, x: Tensor) -> Tensor:
         # Not by the weight alone: a head may have been replaced or hooked.
-        return F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)
+        return F.linear(x, self.output_weight) if self.lm_head is None else self.lm_head(x)
 
     def _check_ids(self, ids: Tensor, name: str, dims: int) -> None:
         if not isinstance(ids, Tensor):
@@ -383,8 +387,9 @@ class HybridLM(nn.Module):
             raise ValueError(f"{name}: expected {'[B, T]' if dims == 2 else '[B]'}, got shape {tuple(ids.shape)}")
         if any(size == 0 for size in ids.shape):
             raise ValueError(f"{name}: expected at least one row and one token, got shape {tuple(ids.shape)}")
-        if ids.device != self.embedding.weight.device:
-            raise ValueError(f"{name}: expected device {self.embedding.weight.device}, got {ids.device}")
+        weight = weight_of(self.embedding)
+        if weight is not None and ids.device != weight.device:
+            raise ValueError(f"{name}: expected device {weight.device}, got {ids.device}")
         if has_values(ids):
             low, high = (int(x) for x in ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:

@@ -115,7 +115,7 @@ class GatedDeltaNet(RecurrentMixer):
 
     def extra_repr(self) -> str:
         heads = f"heads={self.num_heads}x{self.head_k_dim}, v_heads={self.num_v_heads}x{self.head_v_dim}"
-        return f"{heads}, conv_size={None if self.conv_weight is None else self.conv_size}"
+        return f"{heads}, conv_size={self.conv_size if self.use_short_conv else None}"
 
     @property
     def input_proj(self) -> nn.Module:

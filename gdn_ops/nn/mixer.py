@@ -140,6 +140,7 @@ class RecurrentMixer(Mixer):
     head, or None.
     """
 
+    use_short_conv = False
     DECAY_RANGE: tuple[float, float]
     conv_dim: int
     conv_size: int
@@ -153,6 +154,7 @@ class RecurrentMixer(Mixer):
         """``width`` 2 to 4."""
         if not 2 <= width <= 4:
             raise ValueError(f"conv_size: expected 2 to 4, got {width}")
+        self.use_short_conv = True
         self.conv_weight = nn.Parameter(torch.empty(self.conv_dim, width))
         self.conv_bias = nn.Parameter(torch.empty(self.conv_dim)) if bias else None
 
@@ -176,7 +178,7 @@ class RecurrentMixer(Mixer):
 
     def _state_shapes(self, batch) -> dict[str, tuple]:
         shapes = {"recurrent": (batch, *self.recurrent_shape)}
-        if self.conv_weight is not None:
+        if self.use_short_conv:
             shapes["conv"] = (batch, self.conv_dim, self.conv_size - 1)
         return shapes
 
@@ -184,13 +186,13 @@ class RecurrentMixer(Mixer):
         return {"recurrent": torch.float64 if dtype == torch.float64 else torch.float32}
 
     def _new_state(self, recurrent: Tensor, conv: Tensor | None, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.conv_weight is None:
+        if not self.use_short_conv:
             return {"recurrent": recurrent}
         return {"recurrent": recurrent, "conv": conv.to(state["conv"].dtype) if "conv" in state else conv}
 
     def _convolve(self, x, lengths, state, cu_seqlens, output_state) -> tuple[Tensor, Tensor | None]:
         """The convolution and SiLU of ``x [B, T, conv_dim]``; without a convolution, SiLU alone."""
-        if self.conv_weight is None:
+        if not self.use_short_conv:
             return nn.functional.silu(x), None
         y, new_state = causal_conv1d(
             x, self.conv_weight, self.conv_bias, state, output_state and lengths is None, "silu", cu_seqlens

@@ -48,6 +48,10 @@ class Padding(NamedTuple):
         """The inverse of :meth:`compact`."""
         return _pick(x, self.slot)
 
+    def last(self, x: Tensor) -> Tensor:
+        """Of compact ``x [B, T, ...]`` each row's last real token, ``[B, 1, ...]``; the first if there is none."""
+        return _pick(x, (self.lengths - 1).clamp(min=0)[:, None])
+
 
 def real_tokens(lengths: Tensor, T: int) -> Tensor:
     """``[B, T]``, true for the first ``lengths`` tokens of a row."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from gdn_ops.nn.tracing import is_exporting
 
@@ -30,15 +31,18 @@ def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
 
 
 def only_weight(layer: nn.Module) -> bool:
-    """Whether a call of ``layer`` is ``F.linear(x, layer.weight)`` and no more: an ``nn.Linear`` without a bias, hooks
-    or a ``forward`` of its own, not what adapters or quantisation put in its place."""
+    """Whether a call of ``layer`` is the product by ``layer.weight`` and no more: an ``nn.Linear`` without a bias,
+    hooks or a ``forward`` of its own, whose weight is no tensor of another kind, as quantisation brings."""
+    if type(layer) is not nn.Linear or layer.bias is not None or type(layer.weight) not in (nn.Parameter, Tensor):
+        return False
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    plain = type(layer) is nn.Linear and "forward" not in layer.__dict__
-    return plain and layer.bias is None and not any(hooks)
+    # The first question is answered for a forward that is no method, the second is one that a compiler asks again.
+    plain = "forward" not in layer.__dict__ and layer.forward.__func__ is nn.Linear.forward
+    return plain and not any(hooks) and not _has_any_global_hook()
 
 
 def weight_of(layer: nn.Module) -> Tensor | None:
-    """What ``layer`` multiplies by, if that says which dtype and device it takes: a layer in the place of an
-    ``nn.Linear`` may have none, packed numbers, or a method of that name."""
-    weight = getattr(layer, "weight", None)
-    return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
+    """The weight of ``layer``, if it is one that says which dtype and device the layer takes. A layer in the place of
+    a plain one may have none, packed numbers or a method of that name, or compute it anew at each look."""
+    weight = layer._parameters.get("weight")
+    return weight if weight is not None and weight.is_floating_point() else None

@@ -187,6 +187,29 @@ def test_compilation_is_the_default(gdn, corpus, tmp_path, monkeypatch):
     assert compiled == [{"fullgraph": True}]
 
 
+@pytest.mark.parametrize("end, code", [(KeyboardInterrupt, 130), (SystemExit, 143)])
+@pytest.mark.parametrize("save_every", [1, 9])
+def test_an_interrupted_run_says_how_it_goes_on(gdn, corpus, tmp_path, monkeypatch, end, code, save_every):
+    advance = training.Run._advance
+
+    def interrupted(run, *args):
+        if run.step == 2:
+            raise end(code)
+        return advance(run, *args)
+
+    monkeypatch.setattr(training.Run, "_advance", interrupted)
+    result = gdn("train", *SIZES, "--data", corpus, "--steps", 3, "--save-every", save_every, "--out", tmp_path / "run")
+    later = "goes on from the last checkpoint" if save_every == 1 else "begins anew: there is no checkpoint yet"
+    assert result.code == code
+    assert result.err.splitlines()[-1] == f"interrupted after step 2; the same command {later}"
+
+
+def test_a_run_that_is_not_there_is_not_made_by_going_on_with_it(gdn, corpus, tmp_path):
+    result = gdn("train", *SIZES, "--data", corpus, "--steps", 1, "--resume", "--out", tmp_path / "run")
+    assert result.code == 2 and "--resume: expected a run with a checkpoint in" in result.err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("fills", ["model", "state"])
 def test_a_disk_that_fills_is_one_line(gdn, corpus, tmp_path, monkeypatch, fills):
     """Neither safetensors nor torch makes an OSError of it themselves."""

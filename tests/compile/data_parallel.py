@@ -1,7 +1,7 @@
 """Run by torchrun: training steps of a model whose batch is shared out to ranks, beside those of one process.
 
 ``torchrun --nproc-per-node 2 -m tests.compile.data_parallel`` prints, on rank 0, a JSON object: by name, the losses of
-three steps, and whether a sharded model was saved whole.
+three steps, whether a sharded model continues a text as a whole one does, and whether it was saved whole.
 """
 
 from __future__ import annotations
@@ -91,9 +91,11 @@ def main() -> None:
     }.items():
         torch._dynamo.reset()
         results[name] = losses(share(copy.deepcopy(model)), own, ranks)
-    saved = is_saved(sharded(copy.deepcopy(model)), model)
+    parts = sharded(copy.deepcopy(model))
+    same_text = torch.equal(parts.generate(ids, 5), model.generate(ids, 5))
+    saved = is_saved(parts, model)
     if rank == 0:
-        print(json.dumps({**results, "saved": saved}))
+        print(json.dumps({**results, "same text": same_text, "saved": saved}))
     dist.destroy_process_group()
 
 

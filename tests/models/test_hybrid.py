@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch.nn.functional import dropout
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn_ops.models import HybridConfig, HybridLM, HybridOutput, hybrid
@@ -150,6 +151,74 @@ def test_linear_layers_may_be_quantised():
     for layer in low.layers:
         state = layer.mixer.init_state(2)
         assert {s.dtype for name, s in state.items() if name != "position"} == {torch.float32}
+
+
+class Wrapped(torch.nn.Module):
+    """What an adapter makes of an embedding."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, ids):
+        return 2 * self.layer(ids)
+
+
+def test_the_embedding_may_be_replaced():
+    model, ids = make(tie_word_embeddings=False), tokens(2, 9)
+    with torch.no_grad():
+        model.embedding.weight.mul_(2)
+    want = model(ids).logits
+    with torch.no_grad():
+        model.embedding.weight.div_(2)
+    model.embedding = Wrapped(model.embedding)
+    assert_close(model(ids).logits, want, 1e-12, "logits")
+    assert model.generate(ids, 3).shape == (2, 12)
+    tied = make()
+    tied.embedding = Wrapped(tied.embedding)
+    with pytest.raises(TypeError, match="embedding: expected a layer with a weight to make logits with, got Wrapped"):
+        tied(ids)
+
+
+def test_hooks_of_the_model_see_every_call_of_generate():
+    model, ids = make("GS", torch.float32), tokens(2, 9)
+
+    def only_seven(module, args, output):
+        return output._replace(logits=torch.full_like(output.logits, -1e9).index_fill(-1, torch.tensor(7), 0.0))
+
+    model.register_forward_hook(only_seven)
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
+    assert model.generate(ids, 3)[:, 9:].unique().tolist() == [7]
+    assert model.generate(ids, 3, attention_mask=mask)[:, 9:].unique().tolist() == [7]
+
+
+class Counted(torch.nn.Module):
+    """A parametrisation that counts how often its weight is made."""
+
+    count = 0
+
+    def forward(self, weight):
+        self.count += 1
+        return weight * 1
+
+
+@pytest.mark.parametrize("pattern", ["G", "M", "S"])
+def test_a_parametrised_weight_is_made_once_a_use(pattern):
+    """Spectral norms and observers go on at every look."""
+    model, ids = make(pattern, tie_word_embeddings=False), tokens(2, 9)
+    mixer = model.layers[0].mixer
+    places = [(model.embedding, "weight"), (mixer.input_proj, "weight"), (mixer.o_proj, "weight")]
+    places += [] if pattern == "S" else [(mixer, "conv_weight")]
+    want, counts = model(ids).logits, []
+    for module, name in places:
+        counts.append(Counted())
+        register_parametrization(module, name, counts[-1])
+        counts[-1].count = 0
+    assert_close(model(ids).logits, want, 1e-12, "logits")
+    assert [x.count for x in counts] == [1] * len(places)
+    decayed, _ = model.parameter_groups(0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert not any("conv" in names[id(p)] for p in decayed["params"])
 
 
 def test_an_exported_model_is_saved_and_loaded(tmp_path):
@@ -412,6 +481,11 @@ BAD_CALLS = {
     "large id": (ValueError, {"input_ids": IDS * 0 + 40}, r"input_ids: expected tokens in \[0, 40\), got 40"),
     "negative id": (ValueError, {"input_ids": IDS * 0 - 1}, r"input_ids: expected tokens in \[0, 40\), got -1"),
     "no labels": (ValueError, {"return_logits": False}, "labels: expected labels with return_logits=False, got None"),
+    "last logits": (
+        ValueError,
+        {"labels": IDS, "last_logits": True},
+        "last_logits: expected False together with labels, got True",
+    ),
     "labels type": (TypeError, {"labels": 3}, r"labels: expected a torch\.Tensor, got int"),
     "labels dtype": (TypeError, {"labels": IDS.int()}, r"labels: expected dtype torch\.int64, got torch\.int32"),
     "labels shape": (ValueError, {"labels": IDS[:, :4]}, r"labels: expected shape \(2, 5\), got \(2, 4\)"),

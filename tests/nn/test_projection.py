@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from gdn_ops.nn.projection import project
+from gdn_ops.nn.projection import only_weight, project
 from tests.oracle import assert_close
 
 WIDTHS = {"odd": (9, 9), "even": (4, 12), "one": (9,), "aligned": (8,)}
@@ -91,6 +92,37 @@ def test_layers_that_do_more_than_multiply_are_called(given):
         assert_close(got, layer(x), 1e-12, given)
     sum(y.sum() for y in compiled(x)).backward()
     assert all(p.grad is not None for layer in layers for p in layer.parameters())
+
+
+def test_hooks_of_all_modules_are_called():
+    layers, x = make((9, 9))
+    hook = register_module_forward_hook(lambda layer, args, y: 2 * y)
+    try:
+        got = torch.compile(lambda x: project(x, *layers), backend="eager", fullgraph=True)(x)
+    finally:
+        hook.remove()
+    for y, layer in zip(got, layers):
+        assert_close(y, 2 * layer(x), 1e-12, "hooked")
+
+
+def test_a_forward_of_its_own_is_seen_by_what_was_compiled_before():
+    layers, x = make((9, 9))
+    compiled = torch.compile(lambda x: project(x, *layers), backend="aot_eager", fullgraph=True)
+    compiled(x)
+    own = layers[0].forward
+    layers[0].forward = lambda x: own(x) + 3
+    assert_close(compiled(x)[0], layers[0](x), 1e-12, "patched")
+
+
+def test_a_weight_of_another_kind_is_the_layers_own_matter():
+    layers, _ = make((9,))
+    assert only_weight(layers[0])
+    layers[0].weight = nn.Parameter(layers[0].weight.detach().as_subclass(_Kind))
+    assert not only_weight(layers[0])
+
+
+class _Kind(torch.Tensor):
+    """As quantised training has it."""
 
 
 class _Layers(nn.Module):
