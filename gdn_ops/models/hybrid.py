@@ -201,7 +201,8 @@ class HybridLM(nn.Module):
             return_logits: False, with labels, gives the loss alone, by :func:`gdn_ops.nn.linear_cross_entropy`: for
                 training, where all logits at once would be the largest tensors of a step. A head that does more than
                 multiply by its weight (it was replaced, or has hooks) is called, and then they are all there.
-            last_logits: logits ``[B, 1, vocab_size]`` of each row's last real token only; without labels.
+            last_logits: logits ``[B, 1, vocab_size]`` of each row's last real token only; neither with labels nor with
+                packed sequences.
 
         Raises:
             ValueError, TypeError: naming the argument.
@@ -212,8 +213,9 @@ class HybridLM(nn.Module):
             raise ValueError("labels: expected labels with return_logits=False, got None")
         if labels is not None:
             self._check_labels(labels, input_ids)
-            if last_logits:
-                raise ValueError("last_logits: expected False together with labels, got True")
+        for name, other in (("labels", labels), ("cu_seqlens", cu_seqlens)):
+            if last_logits and other is not None:
+                raise ValueError(f"last_logits: expected False together with {name}, got True")
         padding = None if attention_mask is None else Padding.of(attention_mask)
         ids = input_ids if padding is None else padding.compact(input_ids)
         x, state = self._stream(ids, state, cu_seqlens, None if padding is None else padding.lengths)

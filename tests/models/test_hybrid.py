@@ -486,6 +486,11 @@ BAD_CALLS = {
         {"labels": IDS, "last_logits": True},
         "last_logits: expected False together with labels, got True",
     ),
+    "last logits of packed sequences": (
+        ValueError,
+        {"input_ids": IDS[:1], "cu_seqlens": torch.tensor([0, 5]), "last_logits": True},
+        "last_logits: expected False together with cu_seqlens, got True",
+    ),
     "labels type": (TypeError, {"labels": 3}, r"labels: expected a torch\.Tensor, got int"),
     "labels dtype": (TypeError, {"labels": IDS.int()}, r"labels: expected dtype torch\.int64, got torch\.int32"),
     "labels shape": (ValueError, {"labels": IDS[:, :4]}, r"labels: expected shape \(2, 5\), got \(2, 4\)"),
