@@ -31,7 +31,7 @@ from gdn_ops.export.runner import read_manifest
 from gdn_ops.lowering.inductor import packaging, unsupported_operators
 from torch import nn
 
-from gdn_ops.models.pretrained import Archive
+from gdn_ops.files import Archive
 
 
 class ExportResult(NamedTuple):

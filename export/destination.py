@@ -12,6 +12,8 @@ from pathlib import Path
 
 from gdn_ops.export import manifest as manifests
 
+from gdn_ops.files import write_file
+
 MANIFEST = "manifest.json"
 
 
@@ -45,10 +47,7 @@ def _list_files(folder: Path) -> None:
     path = folder / MANIFEST
     if path.exists():
         manifest = json.loads(path.read_text()) | {"files": sorted(_entries(folder) - {MANIFEST})}
-        with open(path, "w") as file:
-            file.write(json.dumps(manifest, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(path, json.dumps(manifest, indent=2).encode() + b"\n")
 
 
 def check_destination(out_dir: Path) -> None:

@@ -51,13 +51,14 @@ def _chosen(names: Sequence[str] | None, table: dict) -> list:
     return list(table.values()) if names is None else [table[name] for name in names]
 
 
-def _need_cuda(parser: argparse.ArgumentParser, device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("device: expected a CUDA device, and torch finds none (op, linear, train, kernels: --device cpu)")
+def _need_cuda(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
+    if getattr(a, "device", "cuda") == "cuda" and not torch.cuda.is_available():
+        other = "; use --device cpu" if hasattr(a, "device") else ""
+        parser.error(f"device: expected a CUDA device, and torch finds none{other}")
 
 
 def op(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
-    _need_cuda(parser, a.device)
+    _need_cuda(parser, a)
     if a.device == "cpu" and "long" in (a.suite or []):
         parser.error("suite: expected forward, backward or decode on the CPU, got long; name lengths with --shape")
     tasks = [task for suite in a.suite or [] for task in SUITES[suite]]
@@ -69,7 +70,7 @@ def op(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 
 
 def gpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
-    _need_cuda(parser, "cuda")
+    _need_cuda(parser, a)
     # The suites in turns, so that a short budget still says something about each.
     rounds = zip_longest(*(SUITES[suite] for suite in ("forward", "backward", "decode")))
     tasks = [task for row in rounds for task in row if task is not None]
@@ -77,7 +78,7 @@ def gpu(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 
 
 def linear(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
-    _need_cuda(parser, a.device)
+    _need_cuda(parser, a)
     tasks = [(shape, d) for shape in a.shape for d in ("forward", "backward")] if a.shape else LINEAR_TASKS
     dtype = a.dtype or ("bf16" if a.device == "cuda" else "fp32")
     who, out = _chosen(a.provider, LINEAR_PROVIDERS), _csv(a.out, "linear.csv")
@@ -86,7 +87,7 @@ def linear(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 
 
 def train(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
-    _need_cuda(parser, a.device)
+    _need_cuda(parser, a)
     precision = a.precision or ("autocast" if a.device == "cuda" else "fp32")
     who = _chosen(a.provider, TRAIN_PROVIDERS)
     setting = training.Setting(a.device, precision, a.checkpointing)
@@ -95,7 +96,7 @@ def train(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 
 
 def kernels(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
-    _need_cuda(parser, a.device)
+    _need_cuda(parser, a)
     if not a.shape and a.preset is None:
         parser.error("shape, preset: expected at least one of them, got neither")
     tasks = [(shape, direction) for shape in a.shape or [] for direction in a.direction or ["forward", "backward"]]
@@ -136,7 +137,7 @@ def warm(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
 
 
 def tune(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
-    _need_cuda(parser, "cuda")
+    _need_cuda(parser, a)
     if a.check:
         tuning.run_check(a)
     else:

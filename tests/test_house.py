@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"gdn_ops": "gdn_ops", "lowering": "gdn_ops.lowering", "export": "gdn_ops.export"}
 FLOORS = {
     "gdn_ops.reference": 0,
+    "gdn_ops.files": 0,
     "gdn_ops.kernels": 1,
     "gdn_ops.ops": 2,
     "gdn_ops.validation": 3,

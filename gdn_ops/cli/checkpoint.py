@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gdn_ops.cli.errors import UserError, at_the_door
-from gdn_ops.cli.folders import sync
+from gdn_ops.files import Archive, sync
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +39,6 @@ def _step(path: Path) -> int:
 def save(run: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, text: Text) -> None:
     """Writes the checkpoint of ``step`` and removes older ones, and what a killed process left of others."""
     import torch
-
-    from gdn_ops.models.pretrained import Archive
 
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gdn_ops.cli.errors import UserError, at_the_door
-from gdn_ops.cli.folders import write_file
+from gdn_ops.files import write_file
 
 if TYPE_CHECKING:
     import numpy as np

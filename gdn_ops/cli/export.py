@@ -106,8 +106,8 @@ def command(
     from gdn_ops.cli import loading, measure
     from gdn_ops.cli import text as texts
     from gdn_ops.cli.device import pick
-    from gdn_ops.cli.folders import sync, write_file
     from gdn_ops.export.destination import check_destination, replacing
+    from gdn_ops.files import sync, write_file
 
     engine = EngineOptions(
         runtime.value if runtime else None, compute_capabilities, max_batch, max_length, timing_cache,

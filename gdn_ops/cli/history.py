@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn_ops.cli.errors import need
-from gdn_ops.cli.folders import write_file
+from gdn_ops.files import write_file
 
 FILE, CURVE = "train.jsonl", "loss.png"
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gdn_ops.cli.errors import UserError, at_the_door, need
-from gdn_ops.cli.folders import write_file
 from gdn_ops.cli.generate_onnx import (
     TEXT,
     TEXT_FORMAT,
@@ -26,6 +25,7 @@ from gdn_ops.cli.generate_onnx import (
     read_text_fields,
     tokenizer_decoder,
 )
+from gdn_ops.files import write_file
 
 TOKENIZER = "tokenizer.json"
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")

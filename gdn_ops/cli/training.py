@@ -24,10 +24,10 @@ from torch import nn
 from gdn_ops.cli import checkpoint
 from gdn_ops.cli.corpus import Tokens
 from gdn_ops.cli.errors import Failure, UserError
-from gdn_ops.cli.folders import write_file
 from gdn_ops.cli.history import History
 from gdn_ops.cli.progress import Progress
 from gdn_ops.cli.text import Text
+from gdn_ops.files import write_file
 
 RECIPE, FORMAT, VERSION, LOCK = "train.json", "gdn_ops.train", 1, ".lock"
 BETAS, FINAL = (0.9, 0.95), 0.1

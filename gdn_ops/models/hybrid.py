@@ -30,7 +30,7 @@ from gdn_ops.nn import Padding, RMSNorm, SwiGLU, linear_cross_entropy
 from gdn_ops.nn.loss import IGNORED, wrong_target
 from gdn_ops.nn.mixer import RecurrentMixer, check_position
 from gdn_ops.nn.padding import check_rows
-from gdn_ops.nn.projection import only_weight, weight_of
+from gdn_ops.nn.projection import only_weight, weight_of, weight_or_any
 from gdn_ops.ops import save_list
 from gdn_ops.validation import has_values
 
@@ -168,8 +168,7 @@ class HybridLM(nn.Module):
             raise TypeError(f"batch: expected an integer, got {type(batch).__name__}")
         if batch < 1:
             raise ValueError(f"batch: expected at least 1, got {batch}")
-        weights = (weight_of(self.embedding), *(p for p in self.parameters() if p.is_floating_point()))
-        weight = next(x for x in weights if x is not None)
+        weight = weight_or_any(self.embedding, self)
         device, dtype = torch.device(device or weight.device), dtype or weight.dtype
         layers = {}
         for index, layer in enumerate(self.layers):
@@ -370,10 +369,10 @@ class HybridLM(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """``[vocab_size, hidden_size]``: what logits are made with, the embedding if it is tied."""
-        weight = getattr(self.embedding if self.lm_head is None else self.lm_head, "weight", None)
+        name, layer = ("embedding", self.embedding) if self.lm_head is None else ("lm_head", self.lm_head)
+        weight = getattr(layer, "weight", None)
         if not isinstance(weight, Tensor):
-            name = "embedding" if self.lm_head is None else "lm_head"
-            raise TypeError(f"{name}: expected a layer with a weight to make logits with, got {getattr(self, name)}")
+            raise TypeError(f"{name}: expected a layer with a weight to make logits with, got {layer}")
         return weight
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -60,30 +59,6 @@ def save(model: HybridLM, folder: str | os.PathLike, state_dict: dict[str, torch
     finally:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
-
-
-class Archive(io.FileIO):
-    """A file for torch's archives, with its OSError where a disk is full.
-
-    The first error of a write is raised at the end of the ``with`` block. Torch's writer would make a RuntimeError of
-    it that does not say why, or try to finish the archive while it is taken down: the second error ends the process.
-    """
-
-    failed: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        rest = memoryview(data)
-        while rest and self.failed is None:
-            try:
-                rest = rest[super().write(rest) :]
-            except OSError as error:
-                self.failed = error
-        return len(data)
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        if self.failed is not None:
-            raise self.failed
 
 
 def load(

@@ -114,9 +114,12 @@ def _sums(x, weight, targets, chunks, gradients=False) -> Tensor | tuple[Tensor,
             dlogits_nv = (logits_nv - normalizer).exp() - (vocabulary == target).float()
             dlogits_nv = dlogits_nv.masked_fill(~scored, 0)
             dlogits_nv = (dlogits_nv if part is None else dlogits_nv * part).to(dtype)
-            dx.append(dlogits_nv @ weight if part is None else (dlogits_nv @ weight / part).to(dtype))
+            dx.append(dlogits_nv @ weight)
             dweight = dlogits_nv.T @ x_nd if dweight is None else dweight.addmm_(dlogits_nv.T, x_nd)
-    return (total, torch.cat(dx), dweight, part) if gradients else total
+    if not gradients:
+        return total
+    dx = torch.cat(dx)
+    return total, dx if part is None else dx / part, dweight, part
 
 
 def _part_for_fp16(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gdn_ops.functional import causal_conv1d
 from gdn_ops.nn.padding import Padding, check_hidden_states, check_rows, real_tokens
-from gdn_ops.nn.projection import weight_of
+from gdn_ops.nn.projection import weight_of, weight_or_any
 from gdn_ops.validation import state as check_state
 
 STEP_RANGE = (1e-3, 1e-1)
@@ -56,8 +56,7 @@ class Mixer(nn.Module):
     ) -> dict[str, Tensor]:
         """The state before the first token: zeros. ``dtype`` (default the weights') is that of what a state keeps of
         the tokens; what a rule sums up is fp32 (fp64 for fp64)."""
-        weights = (weight_of(self.o_proj), *(p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
-        weight = next(x for x in weights if x is not None)
+        weight = weight_or_any(self.o_proj, self)
         device, dtype = device or weight.device, dtype or weight.dtype
         dtypes = self._state_dtypes(dtype)
         return {

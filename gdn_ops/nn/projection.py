@@ -46,3 +46,12 @@ def weight_of(layer: nn.Module) -> Tensor | None:
     a plain one may have none, packed numbers or a method of that name, or compute it anew at each look."""
     weight = layer._parameters.get("weight")
     return weight if weight is not None and weight.is_floating_point() else None
+
+
+def weight_or_any(layer: nn.Module, module: nn.Module) -> Tensor:
+    """:func:`weight_of` ``layer``, or else the first floating parameter of ``module``, which it is part of; if there is
+    none, an empty tensor."""
+    weight = weight_of(layer)
+    if weight is not None:
+        return weight
+    return next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))

@@ -14,7 +14,8 @@ import pytest
 import torch
 from gdn_ops.export import ParityError, verify
 
-from gdn_ops.cli import export, folders, measure
+from gdn_ops import files
+from gdn_ops.cli import export, measure
 
 
 def test_the_table_is_what_was_measured(trained, exported):
@@ -218,7 +219,7 @@ def test_a_disk_that_fills_leaves_nothing_behind(gdn, trained, tmp_path, exporte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     exporter(lambda work: None)
-    monkeypatch.setattr(folders, step, full)
+    monkeypatch.setattr(files, step, full)
     refused(gdn("export", trained, "--out", tmp_path / "out"), "[Errno 28] No space left on device")
     assert not list(tmp_path.iterdir())
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from gdn_ops.cli import checkpoint, history, training
-from gdn_ops.models import HybridLM, pretrained
+from gdn_ops.models import HybridLM
 from gdn_ops.models.hybrid import ACTIVATION_CHECKPOINTING
 from tests.cli.conftest import SIZES, SMALL
 
@@ -222,7 +222,7 @@ def test_a_disk_that_fills_is_one_line(gdn, corpus, tmp_path, monkeypatch, fills
         monkeypatch.setattr(safetensors.torch, "save_file", save_file)
     else:
         monkeypatch.setattr(
-            pretrained, "Archive", lambda path, mode, whole=pretrained.Archive: whole("/dev/full", mode)
+            checkpoint, "Archive", lambda path, mode, whole=checkpoint.Archive: whole("/dev/full", mode)
         )
     args = [*SIZES, "--data", corpus, "--steps", 1, "--out", tmp_path / "run"]
     told = f"got [Errno 28] {full if fills == 'model' else 'No space left on device'}"

@@ -12,12 +12,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two")]
-    ),
-]
+two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two])]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -12,7 +12,7 @@ from gdn_ops.export import ParityError, aoti, export_aoti, load_package, parity,
 from gdn_ops.export.program import flatten_state
 
 import gdn_ops
-from gdn_ops.models.pretrained import Archive
+from gdn_ops.files import Archive
 from tests.export import modules
 
 SIZES = ((1, 1), (2, 63), (1, 64), (3, 65), (2, 300))

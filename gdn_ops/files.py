@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -27,3 +29,27 @@ def sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+class Archive(io.FileIO):
+    """A file for torch's archives, with its OSError where a disk is full.
+
+    The first error of a write is raised at the end of the ``with`` block. Torch's writer would make a RuntimeError of
+    it that does not say why, or try to finish the archive while it is taken down: the second error ends the process.
+    """
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest and self.failed is None:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.failed = error
+        return len(data)
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        if self.failed is not None:
+            raise self.failed
