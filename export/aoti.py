@@ -65,8 +65,7 @@ def export_aoti(
         >>> sorted(result.files)  # doctest: +SKIP
         ['prefill', 'step']
     """
-    out_dir = Path(out_dir).absolute()
-    check_destination(out_dir)
+    out_dir = check_destination(out_dir)
     plans = plan(model, example_inputs, dynamic_shapes)
     inputs = [(item.args, item.kwargs) for item in plans.values()]
     device, dtype = device_of(model, inputs), parity.working_dtype(model, inputs)
@@ -88,6 +87,7 @@ def _write(
         manifests.refuse_results(item, programs[name], int, torch.SymInt)
         entries[name] = manifests.describe_program(item, programs[name])
         _refuse_unsupported(name, programs[name], entries[name]["operators"], device)
+        _refuse_numbers(item, programs[name])
     for name, program in programs.items():
         path = folder / f"{name}.pt2"
         with packaging(device) as configs, torch.no_grad(), Archive(path, "w") as file:
@@ -108,6 +108,14 @@ def _write(
     (folder / "parity.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return report.to_dict()
+
+
+def _refuse_numbers(item: Plan, program: torch.export.ExportedProgram) -> None:
+    """Inductor's packages lose what is written to a buffer of one number."""
+    for name in manifests.writes(item, program):
+        buffer = program.state_dict.get(name, program.constants.get(name))
+        if isinstance(buffer, torch.Tensor) and buffer.numel() == 1:
+            raise ValueError(f"model: expected several numbers in the buffer {name}, which it writes in place, got one")
 
 
 def _refuse_unsupported(

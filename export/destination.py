@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gdn_ops.export import manifest as manifests
 
-from gdn_ops.files import write_file
+from gdn_ops.files import show, write_file
 
 MANIFEST = "manifest.json"
 
@@ -50,9 +50,17 @@ def _list_files(folder: Path) -> None:
         write_file(path, json.dumps(manifest, indent=2).encode() + b"\n")
 
 
-def check_destination(out_dir: Path) -> None:
-    """ValueError unless ``out_dir`` is new, empty, or an earlier export, itself or where it links to."""
-    place = _place(out_dir)
+def check_destination(out_dir: str | os.PathLike) -> Path:
+    """``out_dir`` as a whole path. ValueError unless it is new, empty, or an earlier export, itself or where it links
+    to; TypeError if it is no path."""
+    if not isinstance(out_dir, (str, os.PathLike)):
+        raise TypeError(f"out_dir: expected a path, got {type(out_dir).__name__}")
+    try:
+        out_dir = Path(out_dir).absolute()
+        place = _place(out_dir)
+        place.exists()
+    except ValueError as error:
+        raise ValueError(f"out_dir: expected a path, got {out_dir!r} ({error})") from error
     if place.is_dir():
         if others := _others(place):
             named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
@@ -64,6 +72,7 @@ def check_destination(out_dir: Path) -> None:
     parent = next(path for path in place.parents if path.exists())
     if not parent.is_dir():
         raise ValueError(f"out_dir: expected a folder that can be made, got {out_dir} below the file {parent}")
+    return out_dir
 
 
 @contextlib.contextmanager
@@ -81,7 +90,7 @@ def replacing(out_dir: Path) -> Iterator[Path]:
     try:
         yield work
         _list_files(work)
-        work.chmod(0o755)
+        show(work)
         check_destination(place)  # once more: others may have written there during the work
         _replace(work, place)
     except BaseException:
@@ -98,6 +107,7 @@ def _replace(work: Path, place: Path) -> None:
     if not place.exists():
         work.rename(place)
         return
+    work.chmod(place.stat().st_mode)
     old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
     try:
         place.rename(old / "export")

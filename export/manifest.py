@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
-from gdn_ops.export.program import Plan, flatten_state, is_language_model, path_name
+from gdn_ops.export.program import Plan, arguments, flatten_state, is_language_model, path_name
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 import gdn_ops
@@ -44,9 +46,14 @@ def _walk(spec: Any, value: Any) -> list[Any]:
     """The ``dynamic_shapes`` entry of each tensor of ``value``, in pytree order; None where there is none."""
     if torch.is_tensor(value):
         return [spec]
-    children = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    )
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, (list, tuple)):
+        children = enumerate(value)
+    elif type(value) in pytree.SUPPORTED_NODES:  # of a class of the caller's, torch.export takes a list
+        children = enumerate(pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)[0])
+    else:
+        children = ()
     found = []
     for key, child in children:
         inner = None
@@ -59,21 +66,28 @@ def _walk(spec: Any, value: Any) -> list[Any]:
 
 
 def dimension_names(item: Plan, program: ExportedProgram) -> dict[sympy.Symbol, str]:
-    """A name for each symbol of the input shapes: the ``Dim``'s own, else ``d0``, ``d1``, ..."""
-    spec, values = item.dynamic_shapes, item.args
-    if item.kwargs:
-        values = {**item.kwargs}
-    elif isinstance(spec, dict):
-        values = dict(zip([name.split(".")[0] for name in dict.fromkeys(item.inputs)], item.args))
-    names: dict[sympy.Symbol, str] = {}
-    for tensor, dims in zip(user_tensors(program), _walk(spec, values)):
+    """A name for each symbol of the input shapes: the ``Dim``'s own, else the first of ``d0``, ``d1``, ... that is
+    no ``Dim``'s, from its place among them on."""
+    spec, values = item.dynamic_shapes, arguments(item)
+    if isinstance(spec, torch.export.ShapesCollection):
+        spec = spec.dynamic_shapes(item.module, item.args, item.kwargs)
+    if isinstance(spec, (list, tuple)):
+        values = list(values.values())
+    own: dict[sympy.Symbol, str | None] = {}
+    for tensor, dims in zip(user_tensors(program), _walk(spec, values), strict=True):
         for axis, size in enumerate(tensor.shape):
-            expression = size.node.expr if isinstance(size, torch.SymInt) else None
-            if not isinstance(expression, sympy.Symbol) or expression in names:
-                continue
+            free = size.node.expr.free_symbols if isinstance(size, torch.SymInt) else ()
             dim = dims.get(axis) if isinstance(dims, dict) else dims[axis] if isinstance(dims, (list, tuple)) else None
-            named = isinstance(dim, type) or hasattr(dim, "__name__")
-            names[expression] = dim.__name__ if named else f"d{len(names)}"
+            dim = getattr(dim, "root", dim)  # of 2 * n, n
+            for symbol in sorted(free, key=str):
+                named = len(free) == 1 and hasattr(dim, "__name__")
+                own[symbol] = own.get(symbol) or (dim.__name__ if named else None)
+    names, taken = {}, set(own.values())
+    for place, (expression, name) in enumerate(own.items()):
+        if name is None:
+            name = next(free for i in count(place) if (free := f"d{i}") not in taken)
+            taken.add(name)
+        names[expression] = name
     return names
 
 
@@ -103,13 +117,71 @@ def _results(item: Plan, program: ExportedProgram) -> list[tuple[str, Any]]:
 
 def refuse_results(item: Plan, program: ExportedProgram, *kinds: type) -> None:
     """ValueError unless every result is a tensor, None, or of one of ``kinds``, which the artifact can give back."""
-    for name, result in _results(item, program):
+    results = _results(item, program)
+    if not kinds and not any(isinstance(result, torch.Tensor) for _, result in results):
+        raise ValueError("model: expected tensors as results, got none")
+    for name, result in results:
         if result is not None and not isinstance(result, (torch.Tensor, *kinds)):
             raise ValueError(f"model: expected tensors as results, got {result!r} for {name}")
 
 
+def _constants(item: Plan, program: ExportedProgram) -> dict[str, Any]:
+    """What the example has besides tensors, by name: it is in the program, which has no input for it. What JSON has no
+    form for is there by its ``repr``."""
+    leaves = pytree.tree_flatten_with_path(arguments(item))[0]
+    inputs = [x.arg for x in program.graph_signature.input_specs if x.kind == InputKind.USER_INPUT]
+    fixed = {path_name(path): x.value for (path, _), x in zip(leaves, inputs) if isinstance(x, ConstantArgument)}
+    return {name: x if isinstance(x, (bool, int, float, str, type(None))) else repr(x) for name, x in fixed.items()}
+
+
+def writes(item: Plan, program: ExportedProgram) -> dict[str, str]:
+    """The inputs that the program writes in place, and the parameters and buffers, by the kind of each."""
+    leaves = (path_name(path) for path, _ in pytree.tree_flatten_with_path(arguments(item))[0])
+    names, kinds = {}, {}
+    for x in program.graph_signature.input_specs:
+        names[x.arg.name] = next(leaves) if x.kind == InputKind.USER_INPUT else x.target
+        kinds[x.arg.name] = "input" if x.kind == InputKind.USER_INPUT else x.kind.name.lower()
+    written = (_origin(x) for node in program.graph.nodes for x in _written(node))
+    return {names[x.name]: kinds[x.name] for x in written if x.name in names}
+
+
+def _written(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """What the node writes in place."""
+    for place, argument in enumerate(node.target._schema.arguments if _has_schema(node) else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            x = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            yield from pytree.tree_leaves(x) if x is not None else ()
+
+
+def _origin(node: torch.fx.Node) -> torch.fx.Node:
+    """What the node is a view of."""
+    while _has_schema(node) and any(x.alias_info is not None for x in node.target._schema.returns):
+        before = node.args[0]
+        if _storage(before) != _storage(node):  # such as ``x.float()`` of a half
+            return node
+        node = before
+    return node
+
+
+def _storage(node: torch.fx.Node) -> int:
+    return node.meta["val"].untyped_storage()._cdata
+
+
+def _has_schema(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and hasattr(node.target, "_schema")
+
+
+def refuse_writes(item: Plan, program: ExportedProgram) -> None:
+    """ValueError if the program writes into what it was given or has, which no file of pure functions can."""
+    for name, kind in writes(item, program).items():
+        raise ValueError(
+            f"model: expected a forward that writes nothing in place, got one that writes the {kind} {name}"
+        )
+
+
 def describe_program(item: Plan, program: ExportedProgram) -> dict[str, Any]:
-    """Inputs, outputs, dynamic ranges, states and operators of one program."""
+    """Inputs, outputs, dynamic ranges, states and operators of one program; the constants of its example, and which
+    inputs it writes."""
     names = dimension_names(item, program)
     ranges = {}
     for symbol, name in names.items():
@@ -124,6 +196,10 @@ def describe_program(item: Plan, program: ExportedProgram) -> dict[str, Any]:
         "operators": operators(program),
         "dynamic": ranges,
         "inputs": [_tensor(n, t, names, role(n)) for n, t in zip(item.inputs, user_tensors(program))],
+        "parameters": list(arguments(item)) if item.args else [],
+        "arguments": [path_name(path) for path, _ in pytree.tree_flatten_with_path(arguments(item))[0]],
+        "constants": _constants(item, program),
+        "writes": sorted(name for name, kind in writes(item, program).items() if kind == "input"),
         "outputs": [_tensor(n, t, names, role(n)) for n, t in _results(item, program) if torch.is_tensor(t)],
         "states": {name: name for name in item.states},
     }

@@ -44,6 +44,8 @@ from gdn_ops.lowering.onnx.targets import Lowered
 from torch import nn
 from torch.export import ExportedProgram
 
+from gdn_ops.files import show
+
 FILE, DATA = "model.onnx", "model.onnx.data"
 # A file of more than 2 GiB is no valid protobuf; far below that, weights of their own are still handier.
 LARGE = 64 * 2**20
@@ -95,8 +97,7 @@ def export_onnx(
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     need_packages("export_onnx")
-    out_dir = Path(out_dir).absolute()
-    check_destination(out_dir)
+    out_dir = check_destination(out_dir)
     plans = plan(model, example_inputs, dynamic_shapes)
     inputs = [(item.args, item.kwargs) for item in plans.values()]
     device, dtype = device_of(model, inputs), parity.working_dtype(model, inputs)
@@ -150,16 +151,16 @@ def write_graph(plans: dict[str, Plan], target: str, folder: Path) -> Graph:
     large = sum(x.const_value.nbytes for x in graph.graph.initializers.values() if x.const_value is not None) > LARGE
     ir.save(graph, folder / FILE, external_data=DATA if large else None)
     for path in folder.glob(f"{FILE}*"):
-        path.chmod(0o644)
+        show(path)
     entry |= {"opsets": onnx_proof.check(folder / FILE, lowered.opset), **manifests.describe_file(folder / FILE)}
     if large:
         entry["data"] = [manifests.describe_file(folder / DATA)]
     return Graph(name, program, entry, lowered, folder / FILE)
 
 
-def prove(model: nn.Module, plans: dict[str, Plan], graph: Graph, dtype: torch.dtype, target: str) -> dict[str, Any]:
+def prove(plans: dict[str, Plan], graph: Graph, dtype: torch.dtype, target: str) -> dict[str, Any]:
     """The parity report of a file, with eager beside it; raises ParityError if it does not give eager's numbers."""
-    return onnx_proof.prove(model, plans, graph.program, graph.entry, graph.path, graph.lowered, dtype, target)
+    return onnx_proof.prove(plans, graph.program, graph.entry, graph.path, graph.lowered, dtype, target)
 
 
 def versions() -> dict[str, str]:
@@ -175,7 +176,7 @@ def _write(
     model: nn.Module, plans: dict[str, Plan], device: torch.device, dtype: torch.dtype, target: str, folder: Path
 ) -> dict[str, Any]:
     graph = write_graph(plans, target, folder)
-    report = prove(model, plans, graph, dtype, target)
+    report = prove(plans, graph, dtype, target)
     graph.entry["nodes"] = report["nodes"]
     with inference(model):
         manifest = manifests.describe(model, device, dtype, {graph.name: graph.entry}, target, **versions())

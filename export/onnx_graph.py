@@ -29,18 +29,19 @@ def module(program_name: str, item: Plan, program: ExportedProgram, target: str)
     """The graph of a program and what the manifest says of it, names of both alike."""
     manifests.refuse_results(item, program)
     entry = manifests.describe_program(item, program)
-    model = translate(program_name, program, entry["operators"])
+    model = translate(program_name, item, program, entry["operators"])
     simplify(model, target)
     name(model, item, program, entry)
     return model, entry
 
 
-def translate(name: str, program: ExportedProgram, operators: list[str]) -> ir.Model:
+def translate(name: str, item: Plan, program: ExportedProgram, operators: list[str]) -> ir.Model:
     """The nodes as torch's exporter gives them; ``operators`` are those that the program calls, ``name`` is its own."""
     reasons = unsupported_operators(operators)
     if reasons:
         listed = "; ".join(f"{operator}: {reason}" for operator, reason in reasons.items())
         raise ValueError(f"model: program {name!r} cannot go into an ONNX file: {listed}")
+    manifests.refuse_writes(item, program)
     with translating() as table, _quiet(), torch.no_grad():
         try:
             exported = torch.onnx.export(

@@ -120,7 +120,7 @@ class _Traced:
         plan = Plan(_Parts(self.lm, traced), args, {}, dims, inputs, [])
         program = export_plan(plan)
         described = manifests.describe_program(plan, program)
-        self.model = onnx_graph.translate("prefill", program, described["operators"])
+        self.model = onnx_graph.translate("prefill", plan, program, described["operators"])
         self.weights = self._open(target)
         onnx_graph.name(self.model, plan, program, described)
         self.entry = self._describe(described, list(state))

@@ -14,7 +14,7 @@ from gdn_ops.export.program import Plan, flatten_state, inference
 from gdn_ops.lowering.onnx.rule import CHUNK
 from gdn_ops.lowering.onnx.stamps import check_stamps
 from gdn_ops.lowering.onnx.targets import Lowered
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -49,7 +49,6 @@ def check(path: Path, opset: int) -> dict[str, int]:
 
 
 def prove(
-    model: nn.Module,
     plans: dict[str, Plan],
     program: ExportedProgram | None,
     entry: dict[str, Any],
@@ -96,10 +95,10 @@ def _compare(
     item = plans["forward"]
     names = manifests.dimension_names(item, program)
     outputs = [output["name"] for output in entry["outputs"]]
-    parity.module(report, item, program, _as_module(run, program), names, outputs)
+    parity.module(report, item, program, _as_module(run), names, outputs)
 
 
-def _as_module(run: Callable, program: ExportedProgram) -> Callable:
+def _as_module(run: Callable) -> Callable:
     """``run`` with the module's own arguments and results."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -140,7 +139,7 @@ def _evaluate(
         item = plans["forward"]
         with inference(item.module):
             eager = item.module(*item.args, **item.kwargs)
-        errors = parity.compare(_as_module(run, program)(*item.args, **item.kwargs), eager, outputs)
+        errors = parity.compare(_as_module(run)(*item.args, **item.kwargs), eager, outputs)
         report.add("forward", "example", {}, errors)
         return
     module = plans["prefill"].module

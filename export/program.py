@@ -106,8 +106,14 @@ def device_of(model: nn.Module, inputs: Any = ()) -> torch.device:
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Without gradients and in evaluation mode; every submodule's mode is restored."""
+    """Without gradients and in evaluation mode; every submodule's mode is restored, and what its buffers hold."""
     modes = {module: module.training for module in model.modules()}
+    buffers = [
+        (module, name, x, x.detach().clone())
+        for module in modes
+        for name, x in module._buffers.items()
+        if x is not None
+    ]
     try:
         model.eval()
         with torch.no_grad():
@@ -115,6 +121,11 @@ def inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+        for module, name, x, before in buffers:
+            module._buffers[name] = x
+            if not torch.equal(x, before):
+                with torch.no_grad():
+                    x.copy_(before)
 
 
 def plan(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Any = None) -> dict[str, Plan]:
@@ -134,7 +145,7 @@ def plan(model: nn.Module, example_inputs: Any = None, dynamic_shapes: Any = Non
             "only a HybridLM has known inputs"
         )
     if isinstance(example_inputs, dict):
-        args, kwargs = (), dict(example_inputs)
+        args, kwargs = (), _arguments(model, (), example_inputs)  # in the order of the program's inputs
     elif isinstance(example_inputs, (tuple, list)):
         args, kwargs = tuple(example_inputs), {}
     else:
@@ -165,12 +176,27 @@ def path_name(path: tuple) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
 
 
-def _input_names(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[str]:
+def _arguments(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``forward`` is called with, by its parameters' names and in their order."""
+    signature = inspect.signature(model.forward)
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        bound = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
         raise ValueError(f"example_inputs: do not fit {type(model).__name__}.forward: {error}") from error
-    return [path_name(path) for path, x in pytree.tree_flatten_with_path(dict(bound))[0] if torch.is_tensor(x)]
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound |= bound.pop(parameter.name, {})
+    return dict(bound)
+
+
+def arguments(item: Plan) -> dict[str, Any]:
+    """The example of a plan by the names of ``forward``'s parameters."""
+    return _arguments(item.module, item.args, item.kwargs)
+
+
+def _input_names(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[str]:
+    found = pytree.tree_flatten_with_path(_arguments(model, args, kwargs))[0]
+    return [path_name(path) for path, x in found if torch.is_tensor(x)]
 
 
 def export_plan(item: Plan) -> ExportedProgram:

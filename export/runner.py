@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from gdn_ops.export.manifest import FORMAT, FORMAT_VERSION, FORMATS, sha256
 from gdn_ops.export.program import path_name
@@ -104,14 +105,15 @@ class Package:
     Keyword arguments and keys of dicts are matched by name, in any order; ValueError for names that are not the traced.
     """
 
-    def __init__(self, out_dir: str | Path) -> None:
+    def __init__(self, out_dir: str | Path, device: torch.device | str | None = None) -> None:
         self.manifest = verify(out_dir)
         if self.manifest["format"] != FORMAT:
             raise ValueError(f"out_dir: expected format {FORMAT} in {out_dir}, got {self.manifest['format']}")
-        self.device = torch.device(self.manifest["device"])
+        self.device = _device(self.manifest["device"], device)
+        index = -1 if self.device.index is None else self.device.index
         self.programs: dict[str, Callable] = {}
         for name, entry in self.manifest["programs"].items():
-            loaded = torch._inductor.aoti_load_package(str(Path(out_dir) / entry["file"]))
+            loaded = torch._inductor.aoti_load_package(str(Path(out_dir) / entry["file"]), device_index=index)
             self.programs[name] = self._checked(name, entry, loaded)
 
     def _checked(self, name: str, entry: dict[str, Any], loaded: Callable) -> Callable:
@@ -134,10 +136,15 @@ class Package:
         def run(*args: Any, **kwargs: Any) -> Any:
             leaves, given = pytree.tree_flatten((args, kwargs))
             leaves = leaves if given == spec else in_order(*args, **kwargs)
+            _check_constants(entry.get("constants", {}), dict(zip(entry.get("arguments", expected), leaves)))
             _check_inputs(name, entry, [x for x in leaves if torch.is_tensor(x)], self.device)
-            leaves = [x.contiguous() if torch.is_tensor(x) else x for x in leaves]
-            args, kwargs = pytree.tree_unflatten(leaves, spec)
-            return loaded(*args, **kwargs)
+            passed = [x.contiguous() if torch.is_tensor(x) else x for x in leaves]
+            args, kwargs = pytree.tree_unflatten(passed, spec)
+            results = loaded(*args, **kwargs)
+            for label, x, written in zip(entry.get("arguments", expected), leaves, passed):
+                if label in entry.get("writes", ()) and written is not x:
+                    x.copy_(written)
+            return results
 
         return run
 
@@ -182,10 +189,19 @@ class Package:
         return self._program("forward")(*args, **kwargs)
 
 
+def _device(exported: str, device: torch.device | str | None) -> torch.device:
+    """Where a package runs: a device of the kind that it was exported for, the current one unless it is given."""
+    chosen = torch.device(exported if device is None else device)
+    if chosen.type != exported:
+        raise ValueError(f"device: expected {exported}, which the package was exported for, got {chosen}")
+    if chosen.type != "cuda":
+        return torch.device(chosen.type)
+    return torch.device("cuda", torch.cuda.current_device()) if chosen.index is None else chosen
+
+
 def _signature(entry: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> inspect.Signature:
     """Of a program traced with ``args`` and ``kwargs``. Positions have names where the manifest tells them all."""
-    heads = dict.fromkeys("state" if x["role"] == "state" else x["name"].split(".")[0] for x in entry["inputs"])
-    kind, names = inspect.Parameter.POSITIONAL_OR_KEYWORD, list(heads)
+    kind, names = inspect.Parameter.POSITIONAL_OR_KEYWORD, entry.get("parameters", [])
     if len(names) != len(args):
         kind, names = inspect.Parameter.POSITIONAL_ONLY, [f"input_{i}" for i in range(len(args))]
     parameters = [inspect.Parameter(name, kind) for name in names]
@@ -197,6 +213,14 @@ def _by_name(arguments: dict[str, Any]) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]}
 
 
+def _check_constants(constants: dict[str, Any], given: dict[str, Any]) -> None:
+    """What the program was made with cannot be another thing now."""
+    for name, expected in constants.items():
+        got = given.get(name)
+        if got != expected and repr(got) not in (expected, repr(expected)):
+            raise ValueError(f"{name}: expected {expected}, as in the example of the export, got {got!r}")
+
+
 def _check_inputs(program: str, entry: dict[str, Any], tensors: list[Tensor], device: torch.device) -> None:
     expected = entry["inputs"]
     if len(tensors) != len(expected):
@@ -206,25 +230,39 @@ def _check_inputs(program: str, entry: dict[str, Any], tensors: list[Tensor], de
         name, dtype = spec["name"], getattr(torch, spec["dtype"])
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
-        if tensor.device.type != device.type:
-            raise ValueError(f"{name}: expected a tensor on {device.type}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got {tensor.device}")
         fits = tensor.dim() == len(spec["shape"])
         for got, want in zip(tensor.shape, spec["shape"]):
-            if isinstance(want, int):
-                fits &= got == want
-            elif want in entry["dynamic"]:
-                bounds = entry["dynamic"][want]
-                fits &= sizes.setdefault(want, got) == got >= bounds["min"]
-                fits &= bounds["max"] is None or got <= bounds["max"]
+            fits &= got == want if isinstance(want, int) else _fits(got, want, entry["dynamic"], sizes)
         if not fits:
             known = f" with {sizes}" if sizes else ""
             raise ValueError(f"{name}: expected shape {spec['shape']}{known}, got {tuple(tensor.shape)}")
 
 
-def load_package(out_dir: str | Path) -> Package:
+def _fits(got: int, want: str, dynamic: dict[str, Any], sizes: dict[str, int]) -> bool:
+    """Whether a size is ``want``, an expression in the names of ``dynamic``; puts a name's size into ``sizes``."""
+    expression = sympy.sympify(want, locals={name: sympy.Symbol(name) for name in dynamic})
+    expression = expression.subs({name: size for name, size in sizes.items()})
+    free = sorted(map(str, expression.free_symbols))
+    if not free:
+        return expression == got
+    if len(free) > 1 or free[0] not in dynamic:
+        return True
+    (name,), bounds = free, dynamic[free[0]]
+    solutions = [x for x in sympy.solve(expression - got, sympy.Symbol(name)) if x.is_Integer and x >= bounds["min"]]
+    if not solutions or (bounds["max"] is not None and solutions[0] > bounds["max"]):
+        return False
+    sizes[name] = int(solutions[0])
+    return True
+
+
+def load_package(out_dir: str | Path, device: torch.device | str | None = None) -> Package:
     """Loads an export written by :func:`gdn_ops.export.export_aoti` after :func:`verify`.
 
-    Raises ValueError if the folder is no export or a file of it has changed.
+    ``device`` is of the kind that it was exported for: one of several GPUs, as ``"cuda:1"``; None: the current one.
+
+    Raises ValueError if the folder is no export, a file of it has changed, or ``device`` is of another kind.
 
     Example::
 
@@ -232,4 +270,4 @@ def load_package(out_dir: str | Path) -> Package:
         >>> logits, state = package.prefill(torch.zeros(1, 9, dtype=torch.long))  # doctest: +SKIP
         >>> logits, state = package.step(logits[:, -1].argmax(-1), state)  # doctest: +SKIP
     """
-    return Package(out_dir)
+    return Package(out_dir, device)

@@ -120,8 +120,7 @@ def build_tensorrt(
     capabilities = None if compute_capabilities is None else tuple(compute_capabilities)
     options = Options(capabilities, hardware_compatible, version_compatible, timing_cache, optimization_level)
     runtimes.check_options(found, options)
-    out_dir = Path(out_dir).absolute()
-    check_destination(out_dir)
+    out_dir = check_destination(out_dir)
     plans = plan(model, example_inputs, dynamic_shapes)
     inputs = [(item.args, item.kwargs) for item in plans.values()]
     device, dtype = device_of(model, inputs), parity.working_dtype(model, inputs)
@@ -202,7 +201,7 @@ def describe(entry: dict[str, Any], engine: Engine) -> dict[str, Any]:
 def prove(model: nn.Module, plans: dict[str, Plan], graph: onnx_files.Graph, dtype: torch.dtype) -> dict[str, Any]:
     """The parity report of the file, or of its float32 twin where ONNX Runtime cannot run the file itself."""
     if dtype != torch.bfloat16:
-        report = onnx_files.prove(model, plans, graph, dtype, "tensorrt")
+        report = onnx_files.prove(plans, graph, dtype, "tensorrt")
         return {**report, "proved": "the ONNX file of the engine"}
     twin = copy.deepcopy(model).float()
     if is_language_model(model):
@@ -214,7 +213,7 @@ def prove(model: nn.Module, plans: dict[str, Plan], graph: onnx_files.Graph, dty
     with tempfile.TemporaryDirectory() as folder:
         proved = onnx_files.write_graph(wide, "portable", Path(folder))
         compare_nodes(graph.path, proved.path)
-        report = onnx_files.prove(twin, wide, proved, torch.float32, "tensorrt")
+        report = onnx_files.prove(wide, proved, torch.float32, "tensorrt")
     return {**report, "proved": "the float32 twin of the ONNX file, which has the same nodes but for casts"}
 
 

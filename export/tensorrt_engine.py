@@ -11,6 +11,8 @@ import sympy
 import torch
 from gdn_ops.export.tensorrt_runtime import Options, Runtime, configure, listener, this_gpu
 
+from gdn_ops.files import write_file
+
 Profiles = dict[str, dict[str, tuple[int, int, int]]]
 # Of a language model, unless the caller has others: 8 rows at most, prompts of up to 4096 tokens.
 BATCH, PROMPT = (1, 1, 8), (2, 512, 4096)
@@ -115,7 +117,7 @@ def build_engine(
     with open(path, "wb") as file:
         file.write(plan)
     if cache is not None:
-        _keep_cache(cache, Path(options.timing_cache))
+        write_file(Path(options.timing_cache), bytes(cache.serialize()))
     described = {
         **chosen,
         "this_gpu": this_gpu(runtime, chosen.get("compute_capabilities")),
@@ -210,13 +212,6 @@ def _open_cache(config: Any, path: Any) -> Any:
     if cache is None or not config.set_timing_cache(cache, False):
         raise ValueError(f"timing_cache: expected a cache of this TensorRT on this GPU, got {path}")
     return cache
-
-
-def _keep_cache(cache: Any, path: Path) -> None:
-    """Under another name first: two builds may share the file."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_bytes(bytes(cache.serialize()))
-    new.replace(path)
 
 
 def layer_report(runtime: Runtime, network: Any, plan: Any, said: _Said) -> dict[str, Any]:

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes under a temporary name and renames, after the bytes are on the disk."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside ``path``, whose file takes its place once its bytes are on the disk; not so after
+    an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """``content`` as a :func:`whole` file."""
+    with whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def show(path: Path) -> None:
+    """Gives a file or folder that was made for its owner alone the permissions of any new one."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def sync(folder: Path) -> None:
     """Waits until every file of ``folder``, and its list of names, are on the disk."""
     for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class Archive(io.FileIO):

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdn_ops import validation
-from gdn_ops.ops.gated_delta_rule import state_dtype
+from gdn_ops.kernels.cpu.chunks import compute_dtype
+from gdn_ops.ops.gated_delta_rule import sequence_count
 
 
-def _prepare(q, k, v, g, beta, l2norm, gate, A_log, dt_bias, beta_sigmoid, allow_neg_eigval, cu_seqlens):
+def rule_inputs(q, k, v, g, beta, l2norm, gate, A_log, dt_bias, beta_sigmoid, allow_neg_eigval, cu_seqlens):
     """Flags to plain tensors: normalised q and k, log decay g, and beta."""
     validation.gated_delta_rule(q, k, v, g, beta, cu_seqlens)
     if gate:
@@ -19,7 +20,7 @@ def _prepare(q, k, v, g, beta, l2norm, gate, A_log, dt_bias, beta_sigmoid, allow
             raise ValueError("use_gate_in_kernel: expected g (the raw gate) and A_log, got None")
         HV = v.shape[2]
         validation.state(A_log, "A_log", (HV,), q, "q")
-        wide = state_dtype(q)
+        wide = compute_dtype(q)
         g = g.to(wide)
         if dt_bias is not None:
             validation.state(dt_bias, "dt_bias", (HV,), q, "q")
@@ -31,7 +32,7 @@ def _prepare(q, k, v, g, beta, l2norm, gate, A_log, dt_bias, beta_sigmoid, allow
     if allow_neg_eigval and not beta_sigmoid:
         raise ValueError("allow_neg_eigval: expected use_beta_sigmoid_in_kernel=True with it, got False")
     if beta_sigmoid:
-        beta = beta.to(state_dtype(q)).sigmoid()
+        beta = beta.to(compute_dtype(q)).sigmoid()
         beta = beta * 2 if allow_neg_eigval else beta
     if l2norm:
         q, k = _l2norm(q), _l2norm(k)
@@ -39,11 +40,11 @@ def _prepare(q, k, v, g, beta, l2norm, gate, A_log, dt_bias, beta_sigmoid, allow
 
 
 def _no_decay(v: Tensor) -> Tensor:
-    return torch.zeros(v.shape[:3], dtype=state_dtype(v), device=v.device)
+    return torch.zeros(v.shape[:3], dtype=compute_dtype(v), device=v.device)
 
 
 def _l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    wide = x.to(state_dtype(x))
+    wide = x.to(compute_dtype(x))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
@@ -54,20 +55,24 @@ def _state_shape(q, v, state_v_first):
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return q.shape[-1] ** -0.5
     try:
-        return q.shape[-1] ** -0.5 if scale is None else float(scale)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"scale: expected a number or None, got {scale!r}") from None
+        if isinstance(scale, (str, bytes)):
+            raise TypeError
+        return float(scale)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"scale: expected a number or None, got {scale!r:.80}") from None
 
 
 def _run(op, q, k, v, gates, scale, initial_state, output_final_state, state_v_first, cu_seqlens):
     """``gates`` are the operator's inputs after v: g and beta, or g alone."""
     if initial_state is not None:
-        N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        N = sequence_count(q, cu_seqlens)
         validation.state(initial_state, "initial_state", (N, *_state_shape(q, v, state_v_first)), q, "q")
         initial_state = initial_state.mT if state_v_first else initial_state
-        initial_state = initial_state.to(state_dtype(q))
-    scale = _scale(scale, q)
+        initial_state = initial_state.to(compute_dtype(q))
+    scale, output_final_state = _scale(scale, q), bool(output_final_state)
     o, final_state = op(q, k, v, *gates, initial_state, cu_seqlens, scale, output_final_state)
     if not output_final_state:
         return o, None
@@ -122,7 +127,7 @@ def chunk_gated_delta_rule(
         >>> o.shape, state.shape
         (torch.Size([1, 100, 4, 64]), torch.Size([1, 4, 64, 64]))
     """
-    q, k, g, beta = _prepare(
+    q, k, g, beta = rule_inputs(
         q, k, v, g, beta, use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, cu_seqlens,
     )  # fmt: skip
@@ -161,7 +166,7 @@ def recurrent_gated_delta_rule(
         >>> o.shape, state.shape
         (torch.Size([1, 1, 4, 64]), torch.Size([1, 4, 64, 64]))
     """
-    q, k, g, beta = _prepare(
+    q, k, g, beta = rule_inputs(
         q, k, v, g, beta, use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, cu_seqlens,
     )  # fmt: skip
@@ -229,11 +234,11 @@ def recurrent_gated_delta_rule_(
         >>> slots
         tensor([6])
     """
-    q, k, g, beta = _prepare(
+    q, k, g, beta = rule_inputs(
         q, k, v, g, beta, use_qk_l2norm_in_kernel, use_gate_in_kernel, A_log, dt_bias,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, cu_seqlens,
     )  # fmt: skip
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = sequence_count(q, cu_seqlens)
     validation.pool(state, "state", _state_shape(q, v, state_v_first), q, "q")
     if state_indices is not None:
         validation.state_indices(state_indices, "state_indices", (N,), q, "q")
@@ -343,11 +348,11 @@ def causal_conv1d(
     """
     validation.causal_conv1d(x, weight, bias, activation, cu_seqlens)
     if initial_state is not None:
-        N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        N = sequence_count(x, cu_seqlens)
         validation.state(initial_state, "initial_state", (N, *weight.shape[:1], weight.shape[1] - 1), x, "x")
         initial_state = initial_state.to(x.dtype)
     op = torch.ops.gdn.causal_conv1d
-    y, state = op(x, weight, bias, initial_state, cu_seqlens, activation is not None, output_final_state)
+    y, state = op(x, weight, bias, initial_state, cu_seqlens, activation is not None, bool(output_final_state))
     return y, state if output_final_state else None
 
 

@@ -26,8 +26,11 @@ from torch import Tensor
 
 def _each_sequence(rule: Callable, tokens: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor):
     """``rule(*tokens, state)`` of every packed sequence: outputs joined along time, states along dim 0."""
-    results = []
-    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+    bounds, results = cu_seqlens.tolist(), []
+    if len(bounds) == 1:  # no sequence: the results of an empty one, without its state
+        output, state = rule(*(x[:, :0] for x in tokens), None)
+        return output, state[:0]
+    for n, (start, end) in enumerate(pairwise(bounds)):
         state = None if initial_state is None else initial_state[n : n + 1]
         results.append(rule(*(x[:, start:end] for x in tokens), state))
     outputs, states = zip(*results)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gdn_ops.kernels.cpu.chunks import check_bounds
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -16,6 +18,10 @@ def _expect(ok: bool, name: str, expected: str, got: object) -> None:
 def _tensor(x: object, name: str, dims: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of {x.layout}")
+    if x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one")
     _expect(x.dim() == dims, name, f"{dims} dimensions", f"shape {tuple(x.shape)}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
@@ -43,15 +49,13 @@ def is_autocast(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
-def _cu_seqlens(cu_seqlens: Tensor, like: Tensor, name: str) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, like: Tensor, name: str) -> None:
     _tensor(cu_seqlens, "cu_seqlens", 1, (torch.int32, torch.int64))
     _device(cu_seqlens, "cu_seqlens", like, name)
     _expect(like.shape[0] == 1, name, "batch size 1 with cu_seqlens", tuple(like.shape))
     _expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "at least one element", tuple(cu_seqlens.shape))
     if has_values(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        good = bounds[0] == 0 and bounds[-1] == like.shape[1] and bounds == sorted(bounds)
-        _expect(good, "cu_seqlens", f"a non-decreasing list from 0 to T={like.shape[1]}", bounds)
+        check_bounds(cu_seqlens, like.shape[1])
 
 
 def gated_delta_rule(q, k, v, g, beta, cu_seqlens) -> None:
@@ -83,7 +87,7 @@ def gated_linear_attention(q, k, v, g, cu_seqlens) -> None:
     if g is not None:
         _gate(g, "g", v)
     if cu_seqlens is not None:
-        _cu_seqlens(cu_seqlens, q, "q")
+        check_cu_seqlens(cu_seqlens, q, "q")
 
 
 def state(x: Tensor, name: str, shape: tuple, like: Tensor, like_name: str) -> None:
@@ -96,6 +100,8 @@ def state(x: Tensor, name: str, shape: tuple, like: Tensor, like_name: str) -> N
 def pool(x: Tensor, name: str, slot: tuple, like: Tensor, like_name: str) -> None:
     """Any number of states of shape ``slot``, on the inputs' device; written, so no part of an autograd graph."""
     _tensor(x, name, len(slot) + 1)
+    own = all(stride or size < 2 for size, stride in zip(x.shape, x.stride()))
+    _expect(own, name, "a tensor with memory for each number, for it is written in place", f"strides {x.stride()}")
     asks = torch.is_grad_enabled() and x.requires_grad
     _expect(not asks, name, "a tensor that does not require grad, for it is written in place", "one that does")
     state(x, name, (x.shape[0], *slot), like, like_name)
@@ -122,4 +128,4 @@ def causal_conv1d(x, weight, bias, activation, cu_seqlens) -> None:
         _device(bias, "bias", x, "x")
     _expect(activation in (None, "silu", "swish"), "activation", "None, 'silu' or 'swish'", repr(activation))
     if cu_seqlens is not None:
-        _cu_seqlens(cu_seqlens, x, "x")
+        check_cu_seqlens(cu_seqlens, x, "x")

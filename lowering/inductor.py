@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gdn_ops.files import whole
+
 SOURCES = Path(__file__).parent
 _RULE = (
     "AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, AtenTensorHandle g, AtenTensorHandle beta, "
@@ -106,10 +108,9 @@ exec {command} "$@"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(script)
-    os.chmod(file.name, 0o755)
-    os.replace(file.name, path)
+    with whole(path) as temporary:
+        temporary.write_text(script)
+        temporary.chmod(0o755)
     return path
 
 

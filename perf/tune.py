@@ -15,9 +15,10 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,25 +162,29 @@ def sound(jobs: Sequence[tuple[Settings, list[str]]], seconds: float = SECONDS_T
     """The settings whose command ends well within ``seconds``; the others are named with their last words."""
     pending, running, found = list(jobs), [], []
     end, limit = time.perf_counter() + seconds, max(1, min(15, (os.cpu_count() or 2) - 1))
-    while (pending or running) and time.perf_counter() < end:
-        while pending and len(running) < limit:
-            settings, command = pending.pop(0)
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            running.append((settings, process))
-        for settings, process in [job for job in running if job[1].poll() is not None]:
-            running.remove((settings, process))
-            words = process.stderr.read().strip().splitlines()
-            if process.returncode == 0:
-                found.append(settings)
-            else:
-                print(f"left out: {text_of(settings)}: {words[-1][:160] if words else process.returncode}")
-        time.sleep(0.05)
-    for settings, process in running:
-        process.kill()
-        process.wait()
-        print(f"left out: {text_of(settings)}: not done after {seconds:.0f} s")
-    for settings, _ in pending:
-        print(f"left out: {text_of(settings)}: not begun after {seconds:.0f} s")
+    with ExitStack() as files:
+        while (pending or running) and time.perf_counter() < end:
+            while pending and len(running) < limit:
+                settings, command = pending.pop(0)
+                said = files.enter_context(tempfile.TemporaryFile())  # a pipe that is full would have the process wait
+                process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said)
+                running.append((settings, process, said))
+            for job in [job for job in running if job[1].poll() is not None]:
+                running.remove(job)
+                settings, process, said = job
+                said.seek(0)
+                words = said.read().decode("utf-8", "replace").strip().splitlines()
+                if process.returncode == 0:
+                    found.append(settings)
+                else:
+                    print(f"left out: {text_of(settings)}: {words[-1][:160] if words else process.returncode}")
+            time.sleep(0.05)
+        for settings, process, _ in running:
+            process.kill()
+            process.wait()
+            print(f"left out: {text_of(settings)}: not done after {seconds:.0f} s")
+        for settings, _ in pending:
+            print(f"left out: {text_of(settings)}: not begun after {seconds:.0f} s")
     return [settings for settings, _ in jobs if settings in found]
 
 

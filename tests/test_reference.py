@@ -146,3 +146,10 @@ def test_oracle_gradients_are_those_of_the_specification():
     v[0, 2, 1, 0] += 1e-3
     moved = reference.gated_delta_rule(**{**x, "v": v})[0].sum() - want["o"].sum()
     assert moved.item() / 1e-3 == pytest.approx(want["dv"][0, 2, 1, 0].item(), rel=1e-8)
+
+
+def test_no_packed_sequence_has_no_state():
+    x = make_inputs(1, 0, 2, 4, 16, 8)
+    tensors = [x[name] for name in ("q", "k", "v", "g", "beta")]
+    o, state = reference.gated_delta_rule(*tensors, cu_seqlens=torch.tensor([0]))
+    assert o.shape == (1, 0, 4, 8) and state.shape == (0, 4, 16, 8)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gdn_ops.cli.errors import UserError, at_the_door
-from gdn_ops.files import Archive, sync
+from gdn_ops.files import Archive, show, sync
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def save(run: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Op
             random["cuda"] = torch.cuda.get_rng_state_all()
         with Archive(work / STATE, "w") as file:
             torch.save({"step": step, "optimizer": optimizer.state_dict(), "random": random}, file)
-        work.chmod(0o755)
+        show(work)
         sync(work)
         target = folder / f"step-{step:08d}"
         if target.exists():  # only a checkpoint that could not be read is ever written again

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gdn_ops.cli.errors import UserError, at_the_door
-from gdn_ops.files import write_file
+from gdn_ops.files import whole, write_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +63,8 @@ def documents(paths: list[Path], out: Path) -> list[Document]:
         elif path.is_file():
             found.append(Document(path.name, path))
         else:
-            raise UserError(f"--data: expected a file or folder, got {path}, which does not exist")
+            kind = "is neither" if path.exists() else "does not exist"
+            raise UserError(f"--data: expected a file or folder, got {path}, which {kind}")
     return found
 
 
@@ -96,7 +97,7 @@ def _is_text(path: Path) -> bool:
 
 def in_order(found: list[Document]) -> list[Document]:
     """By the digest of the name; files of one name by their place among ``found``."""
-    return sorted(found, key=lambda document: hashlib.sha256(document.name.encode()).digest())
+    return sorted(found, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest())
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
@@ -121,7 +122,7 @@ def digest(found: list[Document], text: Text) -> str:
         inner = hashlib.sha256()
         for piece in _pieces(document.path):
             inner.update(piece)
-        total.update(document.name.encode() + b"\0" + inner.digest())
+        total.update(os.fsencode(document.name) + b"\0" + inner.digest())
     return total.hexdigest()
 
 
@@ -183,8 +184,8 @@ def _write(found: list[Document], identity: str, text: Text, path: Path) -> dict
     import numpy as np
 
     dtype = np.uint8 if text.vocab_size <= 1 << 8 else np.uint16 if text.vocab_size <= 1 << 16 else np.uint32
-    temporary, count = path.with_name(f".{path.name}.new"), 0
-    with open(temporary, "wb") as file:
+    count = 0
+    with whole(path) as temporary, open(temporary, "wb") as file:
         for document in in_order(found):
             before = count
             for piece in _pieces(document.path):
@@ -195,7 +196,6 @@ def _write(found: list[Document], identity: str, text: Text, path: Path) -> dict
             if text.end_of_text is not None and count > before:
                 file.write(np.asarray([text.end_of_text], dtype=dtype).tobytes())
                 count += 1
-    os.replace(temporary, path)
     return {"digest": identity, "dtype": np.dtype(dtype).name, "count": count, "documents": len(found)}
 
 

@@ -52,12 +52,14 @@ def command(
     text = texts.load(directory)
     if text.vocab_size > loaded.vocab_size:
         raise UserError(f"DIR: expected a vocabulary of {text.vocab_size} as its tokenizer's, got {loaded.vocab_size}")
-    ids = list(text.encode(prompt.encode("utf-8", "surrogateescape")))
+    ids = list(text.encode(prompt.encode("utf-8", "surrogateescape"), "--prompt"))
     if not ids and text.end_of_text is None:
-        raise UserError("--prompt: expected some text, since the tokenizer has no token between documents; got none")
+        raise UserError(
+            "--prompt: expected some text, as the tokenizer has no token between documents; got no token of it"
+        )
     generator = torch.Generator(loaded.device).manual_seed(seed)
     sampling = Sampling(temperature, top_k, top_p, generator)
-    speed, push = decoding.Speed(), text.decoder()
+    speed, push = decoding.Speed(), text.decoder(ids)
     _write(prompt)
     end = text.end_of_text
     for token in decoding.tokens(loaded, ids or [end], max_new_tokens, sampling, text.vocab_size, end, speed):

@@ -26,6 +26,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,8 +74,9 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
     Logits as large as the k-th are kept; the fewest tokens are kept whose chances reach top-p.
     """
-    logits = logits.astype(np.float32)
-    logits = (logits - logits.max()) / np.float32(sampling.temperature)
+    logits, least = logits.astype(np.float32), np.finfo(np.float32).tiny  # what is less may be 0 in fp32
+    with np.errstate(over="ignore"):
+        logits = (logits - logits.max()) / np.float32(max(sampling.temperature, least))
     if sampling.top_k is not None and sampling.top_k < len(logits):
         least = np.partition(logits, -sampling.top_k)[-sampling.top_k]
         logits[logits < least] = -np.inf
@@ -83,7 +85,7 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.top_p is not None and sampling.top_p < 1:
         order = np.argsort(-chances, kind="stable")
         ordered = chances[order]
-        chances[order[np.cumsum(ordered) - ordered >= sampling.top_p]] = 0
+        chances[order[np.cumsum(ordered) - ordered >= max(sampling.top_p, least)]] = 0
     return chances
 
 
@@ -96,8 +98,9 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
     return int(min(drawn, np.searchsorted(total, total[-1])))  # the product may round up to the whole
 
 
-def bytes_decoder() -> Callable[..., str]:
-    """``push(token) -> text`` of bytes, which holds back an incomplete character; ``push()`` gives what is left."""
+def bytes_decoder(before: list[int]) -> Callable[..., str]:
+    """``push(token) -> text`` of bytes, whatever was ``before``: an incomplete character is held back; ``push()`` gives
+    what is left."""
     pending = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(token: int | None = None) -> str:
@@ -108,25 +111,37 @@ def bytes_decoder() -> Callable[..., str]:
     return push
 
 
-def tokenizer_decoder(tokenizer: Any) -> Callable[..., str]:
-    """The same of a ``tokenizers.Tokenizer``. A token's text may depend on those before it: a short run is decoded."""
-    run: list[int] = []
-    shown = 0
+def tokenizer_decoder(tokenizer: Any, before: list[int]) -> Callable[..., str]:
+    """The same of a ``tokenizers.Tokenizer``, for a text that goes on from the tokens ``before``.
+
+    A token's text may depend on those before it, and a character may take several, which some tokenizers can only
+    decode together. So what is decoded begins where a character began, one piece of text before the present one.
+    """
+    ids, start, known = list(before), 0, len(before)
+
+    def decode(last: int | None) -> str:
+        return tokenizer.decode(ids[start:last], skip_special_tokens=True)
 
     def push(token: int | None = None) -> str:
-        nonlocal run, shown
+        nonlocal start, known
         if token is not None:
-            run.append(token)
-        text = tokenizer.decode(run, skip_special_tokens=True)
-        if token is not None and text.endswith("\N{REPLACEMENT CHARACTER}") and len(run) < 64:
+            ids.append(token)
+        had, text = decode(known), decode(None)
+        incomplete = text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(had)
+        if token is not None and incomplete and len(ids) - known < 64:
             return ""  # a character may take several tokens; 64 of them are no character
-        fresh, shown = text[shown:], len(text)
-        if len(run) > 32:
-            run = run[-4:]
-            shown = len(tokenizer.decode(run, skip_special_tokens=True))
-        return fresh
+        start, known = known, len(ids)
+        return text[len(had) :]
 
     return push
+
+
+def open_tokenizer(content: str) -> Any:
+    """A ``tokenizers.Tokenizer`` of every token of a text, whatever lengths its file cuts or fills texts to."""
+    tokenizer = _library("tokenizers", "a tokenizer file").Tokenizer.from_str(content)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class Model:
@@ -221,15 +236,9 @@ class Speed:
 
 
 def tokens(
-    model: Model,
-    prompt: list[int],
-    limit: int,
-    sampling: Sampling,
-    random: np.random.Generator,
-    vocabulary: int,
-    end: int | None,
-    speed: Speed,
-) -> Iterator[int]:
+    model: Model, prompt: list[int], limit: int, sampling: Sampling, random: np.random.Generator, vocabulary: int,
+    end: int | None, speed: Speed,
+) -> Iterator[int]:  # fmt: skip
     """Up to ``limit`` tokens below ``vocabulary`` that continue ``prompt``; ``end`` stops it and is not among them."""
     clock = time.perf_counter()
     logits, state = model.run(np.array([prompt], np.int64), model.init_state(1))
@@ -253,7 +262,7 @@ class Text(NamedTuple):
     vocab_size: int
     end_of_text: int | None
     encode: Callable[[bytes], list[int]]
-    decoder: Callable[[], Callable[..., str]]
+    decoder: Callable[[list[int]], Callable[..., str]]
 
 
 def read_text(folder: Path) -> Text:
@@ -263,17 +272,19 @@ def read_text(folder: Path) -> Text:
     if name == "bytes":
         return Text(size, end, list, bytes_decoder)
     path = folder / Path(name).name
+    _library("tokenizers", "a tokenizer file")
     try:
-        tokenizer = _library("tokenizers", "a tokenizer file").Tokenizer.from_file(str(path))
-    except Refusal:
-        raise
+        tokenizer = open_tokenizer(path.read_text("utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise Refusal(f"FILE: expected a Hugging Face tokenizer.json, got {path} ({_line(error)})") from error
 
     def encode(text: bytes) -> list[int]:
-        return tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
+        try:
+            return tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise Refusal(f"--prompt: expected text that {path} has tokens for ({_line(error)})") from error
 
-    return Text(size, end, encode, lambda: tokenizer_decoder(tokenizer))
+    return Text(size, end, encode, partial(tokenizer_decoder, tokenizer))
 
 
 def _verify(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -301,7 +312,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def read_text_fields(folder: Path, argument: str = "FILE") -> dict[str, Any]:
     """What the folder's ``text.json`` says."""
     told = f"{argument}: expected {folder / TEXT} to describe a tokenizer"
-    return _read(folder / TEXT, told, TEXT_VERSIONS, TEXT_FORM)
+    fields = _read(folder / TEXT, told, TEXT_VERSIONS, TEXT_FORM)
+    size, end, digest = fields["vocab_size"], fields["end_of_text"], fields.get("sha256")
+    if size < 1 or not (end is None or 0 <= end < size):
+        raise Refusal(f"{told}, with a vocab_size of at least 1 and end_of_text below it, got {size} and {end}")
+    path = folder / Path(fields["tokenizer"]).name
+    if digest is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        raise Refusal(f"{told}, {path.name} of sha256 {digest}, got another file")
+    return fields
 
 
 def _read(path: Path, told: str, versions: dict[str, tuple], form: dict[str, Any]) -> dict[str, Any]:
@@ -348,30 +366,21 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def _number(name: str, expected: str, kind: Callable[[str], Any], fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    def parse(value: str) -> Any:
+        try:
+            number = kind(value)
+        except ValueError:
+            number = math.nan  # which fits nowhere
+        if not fits(number):
+            raise Refusal(f"{name}: expected {expected}, got {value!r}")
+        return number
+
+    return parse
+
+
 def _whole(name: str, least: int) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        try:
-            number = int(value)
-        except ValueError:
-            number = None
-        if number is None or not least <= number <= LARGEST_SEED:
-            raise Refusal(f"{name}: expected an integer from {least} to 2**63 - 1, got {value!r}")
-        return number
-
-    return parse
-
-
-def _real(name: str, expected: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
-    def parse(value: str) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and fits(number)):
-            raise Refusal(f"{name}: expected a number {expected}, got {value!r}")
-        return number
-
-    return parse
+    return _number(name, f"an integer from {least} to 2**63 - 1", int, lambda n: least <= n <= LARGEST_SEED)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -386,10 +395,10 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", default="", help="The text to continue; empty: a new document.")
     count, seed, threads = _whole("--max-new-tokens", 1), _whole("--seed", 0), _whole("--threads", 0)
     parser.add_argument("--max-new-tokens", metavar="N", type=count, default=256, help="Tokens to add at most.")
-    heat = _real("--temperature", "of at least 0", lambda x: x >= 0)
+    heat = _number("--temperature", "a number of at least 0", float, lambda x: 0 <= x < math.inf)
     parser.add_argument("--temperature", metavar="X", type=heat, default=0.8, help="0: always the most likely token.")
     parser.add_argument("--top-k", metavar="N", type=_whole("--top-k", 1), help="Draw from that many likeliest tokens.")
-    mass = _real("--top-p", "above 0 and at most 1", lambda x: 0 < x <= 1)
+    mass = _number("--top-p", "a number above 0 and at most 1", float, lambda x: 0 < x <= 1)
     parser.add_argument("--top-p", metavar="X", type=mass, help="Draw from the fewest tokens of this total chance.")
     parser.add_argument("--seed", metavar="N", type=seed, default=0, help="Of the draws.")
     parser.add_argument("--threads", metavar="N", type=threads, default=0, help="0: as many as the runtime chooses.")
@@ -409,9 +418,11 @@ def _generate(options: argparse.Namespace) -> None:
         raise Refusal(f"FILE: expected a vocabulary of {text.vocab_size} as its tokenizer's, got {model.vocab_size}")
     ids = text.encode(options.prompt.encode("utf-8", "surrogateescape"))
     if not ids and text.end_of_text is None:
-        raise Refusal("--prompt: expected some text, since the tokenizer has no token between documents; got none")
+        raise Refusal(
+            "--prompt: expected some text, as the tokenizer has no token between documents; got no token of it"
+        )
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    speed, push, end = Speed(), text.decoder(), text.end_of_text
+    speed, push, end = Speed(), text.decoder(ids), text.end_of_text
     random = np.random.default_rng(options.seed)
     _write(options.prompt)
     for token in tokens(model, ids or [end], options.max_new_tokens, sampling, random, text.vocab_size, end, speed):

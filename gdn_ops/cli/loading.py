@@ -80,5 +80,5 @@ def _export(folder: Path, device: str) -> Loaded:
     if wanted.type != manifest["device"]:
         raise UserError(f"--device: expected {manifest['device']}, which {folder} was exported for, got {device}")
     with at_the_door("DIR"):
-        package = load_package(folder)
+        package = load_package(folder, wanted)
     return Loaded(package, manifest["target"], package.device, manifest["config"]["vocab_size"])

@@ -85,6 +85,8 @@ def enter(folder: Path, recipe: Recipe, resume: bool | None) -> Path | None:
     """Checks that ``folder`` is free or holds a run of this very recipe; returns the checkpoint to go on from."""
     path, kept, newest = folder / RECIPE, folder / checkpoint.FOLDER, checkpoint.newest(folder)
     if not path.is_file():
+        for left in folder.glob(f".{RECIPE}.*"):  # of a process that was killed
+            left.unlink()
         others = [name for name in (p.name for p in folder.iterdir()) if name != LOCK]
         if others:
             raise UserError(f"--out: expected a new or empty folder or an earlier run, got {folder} with {others[0]}")

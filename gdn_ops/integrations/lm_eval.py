@@ -5,7 +5,7 @@
         --tasks lambada_openai,piqa,hellaswag,arc_easy,arc_challenge,winogrande,social_iqa,boolq,wikitext
 
 are the harness's own arguments; ``run`` is a folder that ``HybridLM.save_pretrained`` or ``gdn train`` wrote. Text is
-bytes unless the folder's ``text.json`` names a tokenizer file, or one is given as ``tokenizer=``.
+bytes unless the folder has a tokenizer file, or one is given as ``tokenizer=``.
 
 A document of any length is scored whole: its pieces follow each other with the model's state, so that no token loses
 context to a window (a hybrid's attention still sees its own).
@@ -13,7 +13,6 @@ context to a window (a hybrid's attention still sees its own).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from gdn_ops.cli import text as texts
+from gdn_ops.cli.errors import UserError
 from gdn_ops.models import HybridLM
 
 try:
@@ -35,39 +36,32 @@ except ModuleNotFoundError as error:
 
 
 class Text:
-    """Tokens of text: bytes with 0 as the end, or a ``tokenizer.json`` and the end that is given."""
+    """Tokens of text as ``gdn train`` has them: bytes and 0 as the end, or a ``tokenizer.json`` and its end of text."""
 
-    def __init__(self, tokenizer: Path | None = None, end: int | None = None) -> None:
-        self.tokenizer, self.end = None, 0 if end is None else end
-        if tokenizer is not None:
-            import tokenizers
-
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer))
-            if end is None:
-                names = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-                ends = [i for i in map(self.tokenizer.token_to_id, names) if i is not None]
-                if not ends:
-                    raise ValueError(f"tokenizer: expected one of the tokens {', '.join(names)} in {tokenizer}")
-                self.end = ends[0]
+    def __init__(self, tokens: texts.Text | None = None) -> None:
+        self.tokens = texts.Bytes() if tokens is None else tokens
+        self.end = self.tokens.end_of_text
+        if self.end is None:
+            raise ValueError(f"tokenizer: expected one of the tokens {', '.join(texts.END_NAMES)}, got none of them")
 
     @classmethod
-    def beside(cls, folder: Path) -> Text:
-        """What the folder's ``text.json`` says; bytes without one."""
-        path = folder / "text.json"
-        if not path.is_file():
-            return cls()
-        known = json.loads(path.read_text())
-        return cls() if known["tokenizer"] == "bytes" else cls(folder / known["tokenizer"], known["end_of_text"])
+    def of(cls, folder: Path | None, tokenizer: str | Path | None) -> Text:
+        """Of the file ``tokenizer``, else what the folder says; bytes if it says nothing."""
+        try:
+            if tokenizer is not None:
+                return cls(texts.TokenizerFile(Path(tokenizer), "tokenizer"))
+            if folder is not None and any((folder / name).is_file() for name in (texts.TEXT, texts.TOKENIZER)):
+                return cls(texts.load(folder, "pretrained"))
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return cls()
 
     def encode(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            return list(text.encode())
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return list(self.tokens.encode(text.encode()))
 
     def decode(self, ids: Sequence[int]) -> str:
-        if self.tokenizer is None:
-            return bytes(ids).decode("utf-8", "replace")
-        return self.tokenizer.decode(list(ids))
+        push = self.tokens.decoder([])
+        return "".join(map(push, ids)) + push()
 
 
 @register_model("gdn_ops")
@@ -108,17 +102,14 @@ class HybridHarness(TemplateLM):
         if dtype is not None and not isinstance(kind, torch.dtype):
             raise ValueError(f"dtype: expected the name of a torch dtype, got {dtype!r}")
         if isinstance(pretrained, HybridLM):
-            self.model, self.text = pretrained.to(device, kind), Text()
+            self.model, folder = pretrained.to(device, kind), None
         else:
-            self.model, self.text = HybridLM.from_pretrained(pretrained, device, kind), Text.beside(Path(pretrained))
-        if tokenizer is not None:
-            self.text = Text(Path(tokenizer))
+            self.model, folder = HybridLM.from_pretrained(pretrained, device, kind), Path(pretrained)
+        self.text = Text.of(folder, tokenizer)
         self.model.eval()
         self._device = torch.device(device)
-        self.batch_size, self.piece, self.max_gen_toks = int(batch_size), int(piece), int(max_gen_toks)
-        for name, value in (("batch_size", self.batch_size), ("piece", self.piece)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.batch_size, self.piece = _count("batch_size", batch_size), _count("piece", piece)
+        self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
 
     @property
     def eot_token_id(self) -> int:
@@ -172,7 +163,7 @@ class HybridHarness(TemplateLM):
 
     def _generate(self, context: str, options: dict[str, Any]) -> str:
         until = options.get("until") or []
-        until = [until] if isinstance(until, str) else list(until)
+        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
         ids = torch.tensor(self.tok_encode(context) or [self.eot_token_id], device=self._device)[None]
         steps = int(options.get("max_gen_toks", self.max_gen_toks))
@@ -187,6 +178,17 @@ class HybridHarness(TemplateLM):
         return _before(self.text.decode(written), until)
 
 
+def _count(name: str, value: int | str) -> int:
+    """Arguments of the harness's command line may be strings."""
+    try:
+        count = int(value)
+    except (ValueError, TypeError):
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}") from None
+    if count < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return count
+
+
 def _score(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[float, bool]:
     """Log-likelihood of ``wanted [T]`` under ``logits [T, vocabulary]``, and whether each was the likeliest."""
     nats = F.cross_entropy(logits.float(), wanted, reduction="none").double().sum()
@@ -195,7 +197,7 @@ def _score(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[float, bool]:
 
 def _before(text: str, stops: Iterable[str]) -> str:
     for stop in stops:
-        text = text.split(stop)[0] if stop else text
+        text = text.split(stop)[0]
     return text
 
 

@@ -123,6 +123,9 @@ def _check(field: dataclasses.Field, value: Any) -> None:
 def _mixer_names(pattern: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(pattern, (str, list, tuple)):
         raise TypeError(f"pattern: expected a string or a list of strings, got {type(pattern).__name__}")
+    for item in pattern:
+        if not isinstance(item, str):
+            raise TypeError(f"pattern: expected a string or a list of strings, got {item!r} in it")
     names = [_LETTERS.get(item, item) for item in pattern]
     known = ", ".join(f"{letter} ({name})" for letter, name in _LETTERS.items())
     for given, name in zip(pattern, names):

@@ -264,7 +264,8 @@ class HybridLM(nn.Module):
         Args:
             max_new_tokens: at most so many steps.
             temperature: 0 takes the likeliest token; else logits are divided by it and a token is drawn.
-            top_k, top_p: draw among the k likeliest tokens; among the fewest likeliest that hold the probability p.
+            top_k, top_p: draw among the k likeliest tokens and those as likely as the last of them; among the fewest
+                likeliest that hold the probability p.
             eos_token_id: a row that gave it gives nothing else afterwards, and when all have, the stream ends.
             generator: source of randomness, on the model's device.
             attention_mask: of prompts of unequal length, padded on any side.

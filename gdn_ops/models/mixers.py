@@ -1,7 +1,6 @@
 """The mixers a model's layers may have: one row of ``MIXERS`` a kind.
 
-A mixer is a :class:`gdn_ops.nn.mixer.Mixer`. A state named ``position`` is kept
-once for the whole model.
+A mixer is a :class:`gdn_ops.nn.mixer.Mixer`. A state named ``position`` is kept once for the whole model.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from gdn_ops.models.config import HybridConfig
 
 
-class Mixer(NamedTuple):
+class MixerKind(NamedTuple):
     """``letter`` stands for the kind in a pattern; ``build`` makes one from a configuration that passed ``check``."""
 
     letter: str
@@ -114,9 +113,9 @@ def _expect_multiple(config: HybridConfig, name: str, of: str) -> None:
 
 
 MIXERS = {
-    "gdn": Mixer("G", _gated_delta_net, _check_gated_delta_net),
-    "deltanet": Mixer("D", _delta_net, _check_gated_delta_net),
-    "mamba2": Mixer("M", _mamba2, _check_mamba2),
-    "swa": Mixer("S", _sliding_window_attention, _check_sliding_window_attention),
-    "attention": Mixer("A", _attention, _check_sliding_window_attention),
+    "gdn": MixerKind("G", _gated_delta_net, _check_gated_delta_net),
+    "deltanet": MixerKind("D", _delta_net, _check_gated_delta_net),
+    "mamba2": MixerKind("M", _mamba2, _check_mamba2),
+    "swa": MixerKind("S", _sliding_window_attention, _check_sliding_window_attention),
+    "attention": MixerKind("A", _attention, _check_sliding_window_attention),
 }

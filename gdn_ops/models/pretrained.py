@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gdn_ops.files import show, whole
 from gdn_ops.models.config import HybridConfig
+from gdn_ops.validation import FLOATS
 
 if TYPE_CHECKING:
     from gdn_ops.models.hybrid import HybridLM
@@ -37,28 +39,27 @@ def save(model: HybridLM, folder: str | os.PathLike, state_dict: dict[str, torch
         _check_weights(model, weights, "state_dict")
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
-    weights = {name: x.detach().cpu().contiguous() for name, x in weights.items()}
-    written = []
-    try:
-        for name, write in (
-            (WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"})),
-            (CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n")),
-        ):
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            written.append((temporary, folder / name))
-            try:
-                write(temporary)
-            except error_type as error:  # of a full disk, it is no OSError
-                number = re.search(r"os error (\d+)", str(error))
-                if number is None:
-                    raise
-                raise OSError(int(number[1]), str(error)) from error
-            temporary.chmod(0o644)  # safetensors leaves 0600, which whoever serves the model could not read
-        for temporary, path in written:
-            os.replace(temporary, path)
-    finally:
-        for temporary, _ in written:
-            temporary.unlink(missing_ok=True)
+    weights = _apart({name: x.detach().cpu().contiguous() for name, x in weights.items()})
+    with whole(folder / CONFIG_FILE) as config_file, whole(folder / WEIGHTS_FILE) as weights_file:
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
+        try:
+            save_file(weights, weights_file, metadata={"format": "pt"})
+        except error_type as error:  # of a full disk, it is no OSError
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error)) from error
+        show(weights_file)  # safetensors leaves 0600, which whoever serves the model could not read
+
+
+def _apart(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Layers may share weights, which the file's format has no way to say: each has its own there."""
+    seen: set[int] = set()
+    for name, x in weights.items():
+        place = x.untyped_storage().data_ptr()
+        weights[name] = x.clone() if place in seen else x
+        seen.add(place)
+    return weights
 
 
 def load(
@@ -91,12 +92,13 @@ def read_config(folder: str | os.PathLike) -> HybridConfig:
     path = Path(folder) / CONFIG_FILE
     try:
         fields = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ValueError(f"folder: expected a saved model with {CONFIG_FILE}, got {folder}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(fields, dict) or fields.pop("model_type", None) != MODEL_TYPE:
-        raise ValueError(f"{path}: expected model_type {MODEL_TYPE!r}, got another file")
+    kind = fields.pop("model_type", None) if isinstance(fields, dict) else None
+    if kind != MODEL_TYPE:
+        raise ValueError(f"{path}: expected model_type {MODEL_TYPE!r}, got {kind!r}")
     try:
         return HybridConfig.from_dict(fields)
     except (ValueError, TypeError) as error:
@@ -124,8 +126,10 @@ def _check_weights(model: HybridLM, weights: dict[str, torch.Tensor], path: Path
             raise ValueError(f"{path}: expected the weight {name} {shape}, got none")
         if tuple(weights[name].shape) != shape:
             raise ValueError(f"{path}: expected {name} of shape {shape}, got {tuple(weights[name].shape)}")
-        if not weights[name].is_floating_point():
-            raise ValueError(f"{path}: expected {name} in a floating dtype, got {weights[name].dtype}")
+        if weights[name].dtype not in FLOATS:
+            raise ValueError(
+                f"{path}: expected {name} in a floating dtype of 16 bits or more, got {weights[name].dtype}"
+            )
     unknown = sorted(weights.keys() - expected.keys())
     if unknown:
         raise ValueError(f"{path}: expected only this model's weights, got {', '.join(unknown)}")

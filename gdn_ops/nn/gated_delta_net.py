@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from gdn_ops.functional import _prepare as rule_inputs
 from gdn_ops.functional import (
     chunk_gated_delta_rule,
     chunk_gated_linear_attention,
     recurrent_gated_delta_rule,
     recurrent_gated_linear_attention,
+    rule_inputs,
 )
 from gdn_ops.nn.mixer import RecurrentMixer
 from gdn_ops.nn.norm import GatedRMSNorm, RMSNorm

@@ -59,18 +59,19 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunks: int
     if torch._C._are_functorch_transforms_active():
         total = F.cross_entropy(F.linear(rows, weight).float(), row_targets, ignore_index=IGNORED, reduction="sum")
     elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        total = _LinearCrossEntropy.apply(rows, weight, row_targets, chunks)
+        total = _LinearCrossEntropy.apply(rows, weight, row_targets, chunks, x.requires_grad, weight.requires_grad)
     else:
-        total = _sums(rows, weight, row_targets, chunks)
+        total, *_ = _sums(rows, weight, row_targets, chunks)
     return total / (row_targets != IGNORED).sum().clamp(min=1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the losses; gradients are computed in the forward pass and scaled in the backward pass."""
+    """The sum of the losses; gradients, those that are asked for, are computed in the forward pass and scaled in the
+    backward pass."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunks):
-        total, dx, dweight, part = _sums(x, weight, targets, chunks, gradients=True)
+    def forward(ctx, x, weight, targets, chunks, by_x, by_weight):
+        total, dx, dweight, part = _sums(x, weight, targets, chunks, by_x, by_weight)
         ctx.save_for_backward(dx, dweight, part)
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         return total
@@ -81,14 +82,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # No graph says what dx and dweight owe to x and weight, so a second derivative would lack it.
             raise RuntimeError("linear_cross_entropy: expected to be differentiated once, got create_graph=True")
         dx, dweight, part = ctx.saved_tensors
-        dx = dx.to(ctx.x_dtype) * grad
-        if part is None:
-            return dx, dweight.to(ctx.weight_dtype) * grad, None, None
-        return dx, (dweight.float() * (grad / part)).to(ctx.weight_dtype), None, None
+        if dx is not None:
+            dx = dx.to(ctx.x_dtype) * grad
+        if dweight is not None and part is None:
+            dweight = dweight.to(ctx.weight_dtype) * grad
+        elif dweight is not None:
+            dweight = (dweight.float() * (grad / part)).to(ctx.weight_dtype)
+        return dx, dweight, None, None, None, None
 
 
-def _sums(x, weight, targets, chunks, gradients=False) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The sum of the losses of ``x [N, D]`` and, with ``gradients``, what it is by ``x`` and by ``weight``.
+def _sums(
+    x, weight, targets, chunks, by_x=False, by_weight=False
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The sum of the losses of ``x [N, D]``, and its gradients by ``x`` and by ``weight`` where they are asked for.
 
     The gradient of the logits is not divided by the number of targets before it is rounded: at many tokens fp16 would
     lose it. The weight's gradient is summed by products that add to what is there (``addmm_``): sums that a compiler
@@ -100,7 +106,7 @@ def _sums(x, weight, targets, chunks, gradients=False) -> Tensor | tuple[Tensor,
         dtype = torch.get_autocast_dtype(x.device.type)
     x, weight = x.to(dtype), weight.to(dtype)
     vocabulary = torch.arange(weight.shape[0], device=x.device)
-    part = _part_for_fp16(x) if gradients and dtype == torch.float16 else None
+    part = _part_for_fp16(x) if by_weight and dtype == torch.float16 else None
     size, total, dx, dweight = x.shape[0] // chunks, torch.zeros((), device=x.device, dtype=torch.float32), [], None
     for i in range(chunks):
         here = slice(i * size, None if i == chunks - 1 else (i + 1) * size)
@@ -110,16 +116,16 @@ def _sums(x, weight, targets, chunks, gradients=False) -> Tensor | tuple[Tensor,
         logits_nv = (x_nd @ weight.T).float()
         normalizer = logits_nv.logsumexp(-1, keepdim=True)
         total = total + (normalizer - logits_nv.gather(-1, target)).masked_fill(~scored, 0).sum()
-        if gradients:
+        if by_x or by_weight:
             dlogits_nv = (logits_nv - normalizer).exp() - (vocabulary == target).float()
             dlogits_nv = dlogits_nv.masked_fill(~scored, 0)
             dlogits_nv = (dlogits_nv if part is None else dlogits_nv * part).to(dtype)
+        if by_x:
             dx.append(dlogits_nv @ weight)
+        if by_weight:
             dweight = dlogits_nv.T @ x_nd if dweight is None else dweight.addmm_(dlogits_nv.T, x_nd)
-    if not gradients:
-        return total
-    dx = torch.cat(dx)
-    return total, dx if part is None else dx / part, dweight, part
+    dx = torch.cat(dx) if by_x else None
+    return total, dx if part is None or dx is None else dx / part, dweight, part
 
 
 def _part_for_fp16(x: Tensor) -> Tensor:

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gdn_ops.functional import chunk_gated_linear_attention, recurrent_gated_linear_attention
+from gdn_ops.kernels.cpu.chunks import compute_dtype
 from gdn_ops.nn.mixer import RecurrentMixer
 from gdn_ops.nn.norm import GatedGroupRMSNorm
 from gdn_ops.nn.padding import real_tokens
 from gdn_ops.nn.projection import project
-from gdn_ops.ops.gated_delta_rule import state_dtype
 
 
 class Mamba2(RecurrentMixer):
@@ -112,7 +112,7 @@ class Mamba2(RecurrentMixer):
     def _mix(self, x, lengths, state, cu_seqlens, output_state) -> tuple[Tensor, dict[str, Tensor] | None]:
         T, state = x.shape[1], state or {}
         z, u, dt = project(x, self.in_proj)[0].split([self.value_dim, self.conv_dim, self.num_heads], dim=-1)
-        wide = state_dtype(x)
+        wide = compute_dtype(x)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
         if lengths is not None:  # a step of 0: no decay and no writing
             dt = dt.masked_fill(~real_tokens(lengths, T)[:, :, None], 0.0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gdn_ops.functional import causal_conv1d
 from gdn_ops.nn.padding import Padding, check_hidden_states, check_rows, real_tokens
 from gdn_ops.nn.projection import weight_of, weight_or_any
+from gdn_ops.ops.gated_delta_rule import sequence_count
 from gdn_ops.validation import state as check_state
 
 STEP_RANGE = (1e-3, 1e-1)
@@ -107,7 +108,7 @@ class Mixer(nn.Module):
         """ValueError or TypeError unless ``state``, if given, is one of this mixer's, of the rows' number."""
         if state is None:
             return
-        N = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        N = sequence_count(hidden_states, cu_seqlens)
         shapes = self._state_shapes(N)
         if not isinstance(state, dict) or state.keys() != shapes.keys():
             got = sorted(state) if isinstance(state, dict) else type(state).__name__

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gdn_ops.ops.gated_delta_rule import state_dtype
+from gdn_ops.kernels.cpu.chunks import compute_dtype
 
 
 class RMSNorm(nn.Module):
@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
     def _wide(self, x: Tensor) -> Tensor:
-        x = x.to(state_dtype(x))
+        x = x.to(compute_dtype(x))
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class GatedRMSNorm(RMSNorm):
     """
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return (self._wide(x) * F.silu(z.to(state_dtype(z)))).to(x.dtype)
+        return (self._wide(x) * F.silu(z.to(compute_dtype(z)))).to(x.dtype)
 
 
 class GatedGroupRMSNorm(RMSNorm):
@@ -78,7 +78,7 @@ class GatedGroupRMSNorm(RMSNorm):
         self.groups = groups
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        wide = state_dtype(x)
+        wide = compute_dtype(x)
         x = (x.to(wide) * F.silu(z.to(wide))).unflatten(-1, (self.groups, -1))
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return (x.flatten(-2) * self.weight).to(z.dtype)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn_ops.validation import _cu_seqlens as check_cu_seqlens
-from gdn_ops.validation import has_values, is_autocast
+from gdn_ops.validation import check_cu_seqlens, has_values, is_autocast
+
+LENGTHS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # torch promotes no other integers
 
 
 class Padding(NamedTuple):
@@ -90,7 +91,7 @@ def check_rows(rows: Tensor, name_of_rows: str, attention_mask, lengths, cu_seql
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
         if x.dim() != len(shape) or any(a != b for a, b in zip(x.shape, shape)):
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
-        if x.is_complex() or (name == "lengths" and (x.is_floating_point() or x.dtype == torch.bool)):
+        if x.is_complex() or (name == "lengths" and x.dtype not in LENGTHS):
             raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
         if x.device != rows.device:
             raise ValueError(f"{name}: expected device {rows.device}, got {x.device}")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gdn_ops.kernels.cpu.chunks import compute_dtype
 from gdn_ops.nn.tracing import is_exporting
-from gdn_ops.ops.gated_delta_rule import state_dtype
 
 
 def rotate(x: Tensor, position: Tensor, theta: float = 10000.0) -> Tensor:
     """Rotates feature pair ``(i, i + D/2)`` of ``x [B, T, H, D]`` by ``position * theta ** (-2 i / D)``.
 
     ``position [B, T]`` (or ``[1, T]``) is int64 and D is even. Angles are computed in fp32 (fp64 for fp64 inputs): bf16
-    would confuse neighbours from position 256 on. The result has x's dtype.
+    would confuse neighbours from position 256 on. The result has x's dtype. ValueError for another rank or an odd D.
 
     Example::
 
@@ -21,7 +21,9 @@ def rotate(x: Tensor, position: Tensor, theta: float = 10000.0) -> Tensor:
         >>> rotate(x, torch.tensor([[0]])), rotate(x, torch.tensor([[1]]))[0, 0, 0]
         (tensor([[[[1., 1.]]]]), tensor([-0.3012,  1.3818]))
     """
-    D, dtype = x.shape[-1], state_dtype(x)
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise ValueError(f"x: expected [B, T, H, D] with an even D, got {tuple(x.shape)}")
+    D, dtype = x.shape[-1], compute_dtype(x)
     feature = torch.arange(D, device=x.device)
     frequency = theta ** (-2 * (feature % (D // 2)).to(dtype) / D)
     frequency = torch.where(feature < D // 2, -frequency, frequency)  # a pair's sines have opposite signs

@@ -187,7 +187,7 @@ class SlidingWindowAttention(Mixer):
         k_nkwd, v_nkwd = (_windows(y, blocks, Q, width).unflatten(2, (-1, D)).transpose(1, 2) for y in (k, v))
         o_nkqd = F.scaled_dot_product_attention(q_nkqd, k_nkwd, v_nkwd, attn_mask=mask[:, None])
         o = o_nkqd.unflatten(2, (G, Q)).permute(0, 3, 1, 2, 4).flatten(2)
-        return _first(o.flatten(0, 1).unflatten(0, (B, -1)), T), k, v
+        return _first(o.flatten(0, 1).unflatten(0, (B, blocks * Q)), T), k, v
 
     def _advance(self, state, k, v, count) -> dict[str, Tensor]:
         """The state ``count`` (a number, or one a row) tokens later, from what :meth:`_blocks` returned."""

@@ -8,20 +8,17 @@ from __future__ import annotations
 import torch
 
 from gdn_ops.kernels.cpu import causal_conv1d as cpu
-from gdn_ops.ops.registration import fresh, register, vmap_by_loop
-
-
-def _sequence_count(x, cu_seqlens):
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+from gdn_ops.ops.gated_delta_rule import sequence_count
+from gdn_ops.ops.registration import fresh, register
 
 
 def _fake_forward(x, weight, bias, initial_state, cu_seqlens, silu, output_final_state):
-    N = _sequence_count(x, cu_seqlens) if output_final_state else 0
+    N = sequence_count(x, cu_seqlens) if output_final_state else 0
     return fresh(x, *x.shape), fresh(x, N, x.shape[2], weight.shape[1] - 1)
 
 
 def _fake_backward(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu):
-    N = 0 if initial_state is None else _sequence_count(x, cu_seqlens)
+    N = 0 if initial_state is None else sequence_count(x, cu_seqlens)
     dbias = fresh(weight, 0) if bias is None else fresh(bias, *bias.shape)
     return fresh(x, *x.shape), fresh(weight, *weight.shape), dbias, fresh(x, N, x.shape[2], weight.shape[1] - 1)
 
@@ -79,5 +76,3 @@ causal_conv1d_update_ = register(
     autocast=(0, 1, 2),
     flops=_flops,
 )
-for _op in (causal_conv1d, causal_conv1d_backward, causal_conv1d_update_):
-    torch.library.register_vmap(_op._schema.name, vmap_by_loop(_op))

@@ -17,17 +17,24 @@ _waiting: list[tuple[torch._ops.OpOverloadPacket, Callable]] = []
 
 
 class _Finder:
-    """Lets the ordinary finders load ``_COUNTER``, then registers what waits for it."""
+    """Has the ordinary finders find ``_COUNTER``, and registers what waits for it once it is loaded."""
+
+    asking = False
 
     def find_spec(self, name, path=None, target=None):
-        if name != _COUNTER:
+        if name != _COUNTER or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        self.asking = True  # find_spec comes here, too
+        try:
+            spec = find_spec(name)
+        finally:
+            self.asking = False
         run = spec.loader.exec_module
 
         def exec_module(module):
             run(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             for packet, formula in _waiting:
                 module.register_flop_formula(packet)(formula)
 

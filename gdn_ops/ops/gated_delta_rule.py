@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 
 from gdn_ops.kernels.cpu import gated_delta_rule as cpu
-from gdn_ops.kernels.cpu.chunks import CHUNK
-from gdn_ops.ops.registration import fresh, register, vmap_by_loop
+from gdn_ops.kernels.cpu.chunks import CHUNK, compute_dtype
+from gdn_ops.ops.registration import fresh, register
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta"
-
-
-def state_dtype(q: Tensor) -> torch.dtype:
-    """fp64 for fp64 inputs, else fp32."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def sequence_count(q: Tensor, cu_seqlens: Tensor | None):
@@ -30,12 +25,12 @@ def sequence_count(q: Tensor, cu_seqlens: Tensor | None):
 
 def _fake_forward(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state):
     N = sequence_count(q, cu_seqlens) if output_final_state else 0
-    return fresh(v, *v.shape), fresh(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q))
+    return fresh(v, *v.shape), fresh(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(q))
 
 
 def _fake_backward(do, dfinal_state, q, k, v, g, beta, initial_state, cu_seqlens, scale):
     N = 0 if initial_state is None else sequence_count(q, cu_seqlens)
-    dS = fresh(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q))
+    dS = fresh(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(q))
     return (*(fresh(x, *x.shape) for x in (q, k, v, g, beta)), dS)
 
 
@@ -47,6 +42,12 @@ def _forward_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
     """Products of one chunkwise pass over ``q, k, v`` shapes at chunk C (multiply and add count two)."""
     (B, T, HV, V), K, C = v, k[-1], CHUNK
     return 2 * B * T * HV * (2 * C * K + C * K + 2 * C * V + C * C // 3 + 3 * K * V)
+
+
+def _recurrent_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
+    """Products of every token: what the state holds under its key, the write, the read."""
+    (B, T, HV, V), K = v, k[-1]
+    return 2 * B * T * HV * 3 * K * V
 
 
 def _backward_flops(do, dfinal_state, q, k, v, *args, out_val=None, **kwargs) -> int:
@@ -100,7 +101,7 @@ recurrent_gated_delta_rule = register(
     fake=_fake_forward,
     backward=(_backward, _setup_context),
     autocast=(0, 1, 2),
-    flops=_forward_flops,
+    flops=_recurrent_flops,
 )
 recurrent_gated_delta_rule_ = register(
     f"recurrent_gated_delta_rule_({_INPUTS}, Tensor(a!) state, Tensor? state_indices, Tensor? token_state_indices, "
@@ -109,12 +110,5 @@ recurrent_gated_delta_rule_ = register(
     triton="recurrent:recurrent_update_",
     fake=_fake_update,
     autocast=(0, 1, 2),
-    flops=_forward_flops,
+    flops=_recurrent_flops,
 )
-for _op in (
-    chunk_gated_delta_rule,
-    chunk_gated_delta_rule_backward,
-    recurrent_gated_delta_rule,
-    recurrent_gated_delta_rule_,
-):
-    torch.library.register_vmap(_op._schema.name, vmap_by_loop(_op))

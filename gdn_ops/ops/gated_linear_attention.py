@@ -10,21 +10,21 @@ from __future__ import annotations
 import torch
 
 from gdn_ops.kernels.cpu import gated_linear_attention as cpu
-from gdn_ops.kernels.cpu.chunks import CHUNK
-from gdn_ops.ops.gated_delta_rule import sequence_count, state_dtype
-from gdn_ops.ops.registration import fresh, register, vmap_by_loop
+from gdn_ops.kernels.cpu.chunks import CHUNK, compute_dtype
+from gdn_ops.ops.gated_delta_rule import sequence_count
+from gdn_ops.ops.registration import fresh, register
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor g"
 
 
 def _fake_forward(q, k, v, g, initial_state, cu_seqlens, scale, output_final_state):
     N = sequence_count(q, cu_seqlens) if output_final_state else 0
-    return fresh(v, *v.shape), fresh(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q))
+    return fresh(v, *v.shape), fresh(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(q))
 
 
 def _fake_backward(do, dfinal_state, q, k, v, g, initial_state, cu_seqlens, scale):
     N = 0 if initial_state is None else sequence_count(q, cu_seqlens)
-    dS = fresh(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q))
+    dS = fresh(q, N, v.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(q))
     return (*(fresh(x, *x.shape) for x in (q, k, v, g)), dS)
 
 
@@ -32,6 +32,12 @@ def _forward_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
     """Products of one chunkwise pass over ``q, k, v`` shapes at chunk C (multiply and add count two)."""
     (B, T, HV, V), K = v, k[-1]
     return 2 * B * T * HV * (CHUNK * K + CHUNK * V + 2 * K * V)
+
+
+def _recurrent_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
+    """Products of every token: the write and the read."""
+    (B, T, HV, V), K = v, k[-1]
+    return 2 * B * T * HV * 2 * K * V
 
 
 def _backward_flops(do, dfinal_state, q, k, v, *args, out_val=None, **kwargs) -> int:
@@ -83,11 +89,5 @@ recurrent_gated_linear_attention = register(
     fake=_fake_forward,
     backward=(_backward, _setup_context),
     autocast=(0, 1, 2),
-    flops=_forward_flops,
+    flops=_recurrent_flops,
 )
-for _op in (
-    chunk_gated_linear_attention,
-    chunk_gated_linear_attention_backward,
-    recurrent_gated_linear_attention,
-):
-    torch.library.register_vmap(_op._schema.name, vmap_by_loop(_op))

@@ -26,7 +26,6 @@ def register(
     backward: tuple[Callable, Callable] | None = None,
     autocast: Sequence[int] = (),
     flops: Callable | None = None,
-    vmap: Callable | None = None,
 ) -> torch._ops.OpOverload:
     """Defines ``gdn::<schema>`` and returns its overload.
 
@@ -53,8 +52,7 @@ def register(
         LIBRARY.impl(name, _autocast_rule(op, device, autocast), key)
     if flops is not None:
         register_flops(getattr(torch.ops.gdn, name), flops)
-    if vmap is not None:
-        torch.library.register_vmap(f"gdn::{name}", vmap, lib=LIBRARY)
+    torch.library.register_vmap(f"gdn::{name}", _vmap_by_loop(op), lib=LIBRARY)
     return op
 
 
@@ -170,8 +168,9 @@ def _autocast_rule(op: torch._ops.OpOverload, device: str, positions: Sequence[i
     return rule
 
 
-def vmap_by_loop(op: torch._ops.OpOverload) -> Callable:
-    """A vmap rule for any of the operators: one call a slice, results stacked on dim 0."""
+def _vmap_by_loop(op: torch._ops.OpOverload) -> Callable:
+    """A vmap rule for any of the operators: one call a slice, results stacked on dim 0. Without a slice, one call on
+    zeros says what the results are like."""
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def rule(info, in_dims, *args):
@@ -185,10 +184,18 @@ def vmap_by_loop(op: torch._ops.OpOverload) -> Callable:
         def pick(i):
             return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims)]
 
-        results = [op(*pick(i)) for i in range(info.batch_size)]
+        def stack(slices):
+            return torch.stack(slices)[: info.batch_size]
+
+        if info.batch_size == 0:
+            args = [
+                a if d is None else a.new_zeros([1 if i == d else s for i, s in enumerate(a.shape)])
+                for a, d in zip(args, in_dims)
+            ]
+        results = [op(*pick(i)) for i in range(max(1, info.batch_size))]
         if isinstance(results[0], torch.Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(column) for column in zip(*results)), (0,) * len(results[0])
+            return stack(results), 0
+        return tuple(stack(column) for column in zip(*results)), (0,) * len(results[0])
 
     return rule
 

@@ -7,10 +7,9 @@ used: they give every output the first input's dtype, refuse optional tensors, a
 
 Example::
 
-    >>> import torch_tensorrt
     >>> from gdn_ops.lowering.tensorrt import converters
-    >>> converters.register()
-    >>> compiled = torch.compile(model, backend="tensorrt")
+    >>> converters.register()  # doctest: +SKIP
+    >>> compiled = torch.compile(model, backend="tensorrt")  # doctest: +SKIP
 """
 
 from __future__ import annotations

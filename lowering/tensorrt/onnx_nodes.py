@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gdn_ops.lowering.onnx.function import DOMAIN
-from gdn_ops.lowering.onnx.translation import CONV, RULE
+from gdn_ops.lowering.onnx.translation import CONV, LINEAR, RULE
 from gdn_ops.lowering.tensorrt.declaration import CHUNK_RULE, NAMESPACE, RECURRENT
 from gdn_ops.lowering.tensorrt.declaration import CONV as CONV_KERNEL
 
@@ -23,21 +23,23 @@ if TYPE_CHECKING:
 def with_plugins(portable: Path, path: Path, external_data: str | None = None) -> dict[str, int]:
     """Writes ``portable`` with plugins to ``path``; returns how many of each it has.
 
-    A node of one token is the recurrent kernel's, any other the chunkwise one's. ``external_data`` is the name of a
-    file beside ``path`` for the weights.
+    A node of one token is the recurrent kernel's, any other the chunkwise one's. Gated linear attention, which has no
+    plugin, stays a function. ``external_data`` is the name of a file beside ``path`` for the weights.
     """
     import onnx_ir as ir
 
     model = ir.load(portable)
     counts: dict[str, int] = {}
     for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type == LINEAR:
             continue
         kernel, widened = _kernel_of(node)
         _replace(node, kernel, widened)
         counts[kernel.id] = counts.get(kernel.id, 0) + 1
-    model.functions.clear()
-    model.opset_imports.pop(DOMAIN, None)
+    for identifier in [x for x in model.functions if x[1] != LINEAR]:
+        del model.functions[identifier]
+    if not model.functions:
+        model.opset_imports.pop(DOMAIN, None)
     model.opset_imports[NAMESPACE] = 1
     ir.passes.common.RemoveUnusedNodesPass()(model)
     ir.save(model, path, external_data=external_data)

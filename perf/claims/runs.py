@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import re
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from gdn_ops.files import whole
 from gdn_ops.models import HybridConfig
 from perf.claims.models import ABLATIONS, FAMILY, SCALES, configure, count, state_size
 from perf.claims.tasks import Needle, Parity, Recall
@@ -139,14 +139,11 @@ def in_order(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 def _append(out: Path, rows: list[dict[str, Any]]) -> None:
     """A new file in the old one's place, so that a run is there whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    everything, temporary = [*read_rows(out), *rows], out / f".{FILE}.new"
-    with temporary.open("w", newline="") as file:
+    everything = [*read_rows(out), *rows]
+    with whole(out / FILE) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(everything)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, out / FILE)
 
 
 def rows_of(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdn_ops.files import whole
 from gdn_ops.models import HybridConfig, HybridLM
 from perf.claims.step import Step, autocast, own_stream
 from perf.claims.tasks import IGNORED, Needle, Parity, Recall
@@ -118,9 +118,8 @@ def _resume(step: Step, begun: Path | None, what: str, device: str) -> tuple[int
 def _keep(path: Path, state: dict[str, Any]) -> None:
     """A new file in an old one's place, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        torch.save(state, temporary)
 
 
 @torch.no_grad()

@@ -408,3 +408,18 @@ def test_biases_norms_and_gates_are_not_decayed(trained):
     kept_names = {names[id(p)].split(".")[-1] for p in kept["params"]}
     assert {"A_log", "dt_bias"} <= kept_names and all(p.dim() >= 2 for p in decayed["params"])
     assert len(names) == len(decayed["params"]) + len(kept["params"])
+
+
+def test_what_a_killed_process_left_does_not_bar_the_folder(gdn, corpus, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".train.json.4242").write_text("{")
+    assert gdn("train", *SIZES, "--steps", 1, "--data", corpus, "--out", out).code == 0
+    assert not [path for path in out.iterdir() if path.name.startswith(".train")]
+
+
+def test_names_of_files_that_are_not_utf8(gdn, corpus, tmp_path):
+    folder = tmp_path / "text"
+    shutil.copytree(corpus, folder)
+    (folder / os.fsdecode(b"n\xe9.txt")).write_text("some more text " * 50)
+    assert gdn("train", *SIZES, "--steps", 1, "--data", folder, "--out", tmp_path / "run").code == 0

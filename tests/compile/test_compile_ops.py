@@ -284,3 +284,30 @@ def test_cuda_graphs(name):
         want = expected(x)
         assert_close(o, want["o"], TOLERANCE[torch.bfloat16].values, "o")
         assert_close(state, want["final_state"], TOLERANCE[torch.bfloat16].values, "final_state")
+
+
+def test_bounds_are_checked_in_compiled_code():
+    """On the CPU, whatever does the calling: what no sequence holds would be left as it was in memory."""
+    x = make_inputs(1, 9, 2, 2, 16, 8)
+    run = torch.compile(lambda bounds: gdn_ops.chunk_gated_delta_rule(**{**x, "cu_seqlens": bounds})[0], fullgraph=True)
+    assert run(torch.tensor([0, 4, 9])).isfinite().all()
+    for bounds in ([0, 4, 8], [0, 10, 9], [1, 4, 9]):
+        with pytest.raises(ValueError, match=r"cu_seqlens: expected a non-decreasing list from 0 to T=9, got \["):
+            run(torch.tensor(bounds))
+
+
+def test_the_gradient_of_a_transposed_state():
+    """Inductor takes the operator's word for where the gradient of the initial state lies."""
+    x = make_inputs(2, 5, 2, 2, 16, 8, initial_state=True)
+    state = x.pop("initial_state").mT.contiguous()
+
+    def loss(state):
+        o, final = gdn_ops.chunk_gated_delta_rule(**x, initial_state=state, output_final_state=True, state_v_first=True)
+        return o.sum() + final.square().sum()
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        start = state.clone().requires_grad_()
+        function(start).backward()
+        found.append(start.grad)
+    assert_close(found[1], found[0], 1e-6, "dh0")

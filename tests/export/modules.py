@@ -82,3 +82,37 @@ class Constants(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor | int | float]:
         return {"rows": x.shape[0], "y": 2 * x, "half": 0.5}
+
+
+class Rule(nn.Module):
+    """The rule alone, by names."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+        return gdn_ops.chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)[0]
+
+
+class Scaled(nn.Module):
+    """A tensor by a number and, if there is one, a mask; what comes after them is a tensor, too."""
+
+    def forward(self, x: Tensor, scale: float, mask: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x * scale if mask is None else x * scale * mask, y * 2
+
+
+class Counting(nn.Module):
+    """Writes its input ``state`` and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(2))
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        self.calls.add_(1)
+        state[0].copy_(x.sum(0))
+        return x.to(torch.float64).mul_(2).float() + self.calls[0]
+
+
+def rule_inputs(B: int, T: int, seed: int = 0) -> dict[str, Tensor]:
+    """Fewer heads of keys than of values, so that no two inputs can be taken for one another."""
+    x, gates, _ = mixer_inputs(B, T, seed=seed)
+    q, k, v = (y.unflatten(-1, (HEADS, WIDTH)) for y in x.chunk(3, -1))
+    return {"q": q[:, :, :1], "k": k[:, :, :1], "v": v, **gates}

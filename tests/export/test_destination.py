@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,22 @@ def test_links_that_lead_to_no_folder_are_refused(tmp_path):
             check_destination(tmp_path / name)
     with pytest.raises(ValueError, match=f"can be made, got {tmp_path}/below below the file {tmp_path}/file"):
         check_destination(tmp_path / "below")
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022])
+def test_permissions_are_those_of_any_new_folder_and_stay(tmp_path, mask):
+    out, before = tmp_path / "out", os.umask(mask)
+    try:
+        for mode in (0o777 & ~mask, 0o750):
+            with replacing(out) as work:
+                export(work, "text")
+            assert out.stat().st_mode & 0o777 == mode
+            out.chmod(0o750)
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("out", [None, 5, "a\0b"])
+def test_what_is_no_path_is_named(out):
+    with pytest.raises((TypeError, ValueError), match="out_dir: expected a path, got "):
+        check_destination(out)

@@ -371,7 +371,7 @@ def test_wrong_numbers_are_no_export(tmp_path, monkeypatch):
     """A file that differs from eager raises, leaves the earlier export as it was, and leaves nothing else behind."""
     earlier = export_onnx(torch.nn.Linear(3, 2), tmp_path / "out", "portable", (torch.ones(1, 3),))
     digest = program_of(earlier)["sha256"]
-    monkeypatch.setattr(onnx_proof, "_as_module", lambda run, program: lambda *args: [x * 1.1 for x in run(*args)])
+    monkeypatch.setattr(onnx_proof, "_as_module", lambda run: lambda *args: [x * 1.1 for x in run(*args)])
     with pytest.raises(ParityError, match="forward example"):
         export_onnx(torch.nn.Linear(3, 2), tmp_path / "out", "portable", (torch.ones(1, 3),))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -433,3 +433,32 @@ def test_the_program_of_the_docstring_runs(tmp_path, monkeypatch):
     oracle.assert_close(torch.from_numpy(scope["logits"]), logits, 1e-5, "logits")
     for name, value in flatten_state(state).items():
         assert oracle.error(torch.from_numpy(scope["state"][name]), value) < 1e-5, name
+
+
+def test_inputs_carry_their_own_names(tmp_path):
+    """Fed by name, whatever the order of the example was."""
+    inputs = modules.rule_inputs(2, 70)
+    example = {name: inputs[name] for name in ("v", "k", "q", "beta", "g")}
+    result = export_onnx(modules.Rule(), tmp_path / "out", example_inputs=example)
+    session = onnxruntime.InferenceSession(str(result.files["model.onnx"]))
+    (got,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    assert parity.error(torch.from_numpy(got), modules.Rule()(**inputs)) < 1e-5
+
+
+def test_what_writes_in_place_is_refused(tmp_path):
+    """A file of pure functions would lose it; a caller's tensors and buffers stay as they were."""
+    model, x, state = modules.Counting(), torch.rand(6, 3), torch.zeros(2, 3)
+    with pytest.raises(
+        ValueError, match="expected a forward that writes nothing in place, got one that writes the buffer"
+    ):
+        export_onnx(model, tmp_path / "out", example_inputs=(x, state))
+    assert not (tmp_path / "out").exists() and not state.any() and not model.calls.any()
+
+
+def test_no_result_is_refused(tmp_path):
+    class Nothing(torch.nn.Module):
+        def forward(self, x):
+            return None
+
+    with pytest.raises(ValueError, match="model: expected tensors as results, got none"):
+        export_onnx(Nothing(), tmp_path / "out", example_inputs=(torch.ones(3),))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
 from gdn_ops.export import export_program
-from gdn_ops.export.manifest import operators
-from gdn_ops.export.parity import compare
-from gdn_ops.export.program import flatten_state, nest_state, plan
+from gdn_ops.export.manifest import describe_program, dimension_names, operators, writes
+from gdn_ops.export.parity import Report, compare, module
+from gdn_ops.export.program import export_plan, flatten_state, nest_state, plan
+from torch.export import Dim
 
 from tests.export import modules
 
@@ -129,3 +132,100 @@ def test_examples_are_contiguous_as_a_packages_inputs_are():
     assert example.is_contiguous() and torch.equal(example, strided)
     for item in plan(hybrid()).values():
         assert all(x.is_contiguous() for x in (item.args[0], *item.args[1].values()))
+
+
+def test_names_are_the_tensors_own_in_whatever_order_they_are_given():
+    inputs = modules.rule_inputs(2, 70)
+    shapes = {name: {0: Dim("batch", min=1), 1: Dim("T", min=1)} for name in inputs}
+    for order in (list(inputs), list(reversed(inputs)), ["beta", "q", "g", "v", "k"]):
+        item = plan(modules.Rule(), {name: inputs[name] for name in order}, shapes)["forward"]
+        described = describe_program(item, export_plan(item))["inputs"]
+        assert {x["name"]: x["shape"][2:] for x in described} == {n: list(x.shape[2:]) for n, x in inputs.items()}
+        assert all(x["shape"][:2] == ["batch", "T"] for x in described)
+
+
+class Tokens(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclass
+class Pair:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+torch.export.register_dataclass(Pair)
+
+
+class Called(torch.nn.Module):
+    """A module around a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+
+class OfOne(Called):
+    def forward(self, pair):
+        return self.function(pair)
+
+
+class OfTwo(Called):
+    def forward(self, pair, z):
+        return self.function(pair), z * 2
+
+
+class OfAny(Called):
+    def forward(self, *xs):
+        return self.function(xs)
+
+
+A, N = Dim("a", min=1), Dim("n", min=1, max=500)
+X, Y = torch.ones(6, 3), torch.ones(8, 3)
+NAMED = {
+    "tuple": (
+        OfTwo(lambda p: p[0] + 1), ((X, Y), Y), {"pair": ({0: A}, {0: N}), "z": {0: N}},
+        [["a", 3], ["n", 3], ["n", 3]],
+    ),
+    "dict": (
+        OfTwo(lambda p: p["x"] + 1), ({"x": X, "y": Y.clone()}, Y), {"pair": {"x": {0: A}, "y": None}, "z": {0: N}},
+        [["a", 3], [8, 3], ["n", 3]],
+    ),
+    "named tuple": (OfOne(lambda p: p.x + 1), (Tokens(X, Y),), {"pair": Tokens({0: A}, {0: N})}, [["a", 3], ["n", 3]]),
+    "dataclass": (OfOne(lambda p: p.x + 1), (Pair(X, Y),), {"pair": [{0: A}, {0: N}]}, [["a", 3], ["n", 3]]),
+    "any number": (OfAny(lambda xs: xs[1] + 1), (X, Y), {"xs": ({0: A}, {0: N})}, [["a", 3], ["n", 3]]),
+    "a multiple": (OfOne(lambda p: p[0].unflatten(0, (-1, 2))), ((X,),), {"pair": ({0: 2 * N},)}, [["2*n", 3]]),
+    "left to torch": (OfTwo(lambda p: p + 1), (X, Y), ({0: Dim.AUTO}, {0: Dim("d0")}), [["d1", 3], ["d0", 3]]),
+    "the other way": (OfTwo(lambda p: p + 1), (X, Y), ({0: Dim("d1")}, {0: Dim.DYNAMIC}), [["d1", 3], ["d2", 3]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_sizes_have_their_names_however_inputs_nest(case):
+    model, inputs, shapes, want = NAMED[case]
+    item = plan(model, inputs, shapes)["forward"]
+    program = export_plan(item)
+    entry = describe_program(item, program)
+    assert [x["shape"] for x in entry["inputs"]] == want
+    assert entry["dynamic"].keys() == {x for shape in want for x in map(str, shape) if not x.isdigit()} - {"2*n"} | (
+        {"n"} if case == "a multiple" else set()
+    )
+    report = Report(torch.float32)
+    names = [x["name"] for x in entry["outputs"]]
+    module(report, item, program, program.module(), dimension_names(item, program), names)
+    report.check()
+    assert len(report.cases) > 3
+
+
+def test_what_is_no_tensor_and_what_is_written_is_told():
+    item = plan(modules.Scaled(), (X, 0.5, None, Y))["forward"]
+    entry = describe_program(item, export_plan(item))
+    assert entry["constants"] == {"scale": 0.5, "mask": None} and entry["writes"] == []
+    assert entry["parameters"] == ["x", "scale", "mask", "y"]
+    model, state = modules.Counting(), torch.zeros(2, 3)
+    item = plan(model, (X, state))["forward"]
+    program = export_plan(item)
+    assert writes(item, program) == {"calls": "buffer", "state": "input"}  # x is written nowhere
+    assert describe_program(item, program)["writes"] == ["state"]
+    assert not state.any() and not model.calls.any()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gdn_ops.export import export_aoti, load_package, read_manifest, verify
+from gdn_ops.export import export_aoti, load_package, read_manifest, runner, verify
+from torch.export import Dim
 
 from tests.export import modules
 
@@ -146,3 +147,66 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
     for read in (read_manifest, verify, load_package):
         with pytest.raises(ValueError, match=r"out_dir: expected an export with a manifest\.json, got .*file"):
             read(tmp_path / "file")
+
+
+def test_other_constants_than_the_examples_are_refused(tmp_path):
+    x, y = torch.ones(6, 3), torch.ones(2)
+    export_aoti(modules.Scaled(), tmp_path / "out", (x, 0.5, None, y))
+    package = load_package(tmp_path / "out")
+    assert torch.equal(package.forward(x, 0.5, None, y)[0], x * 0.5)
+    assert torch.equal(package.forward(x=x, scale=0.5, mask=None, y=y)[0], x * 0.5)
+    with pytest.raises(ValueError, match=r"scale: expected 0\.5, as in the example of the export, got 0\.25"):
+        package.forward(x, 0.25, None, y)
+    with pytest.raises(ValueError, match="mask: expected None, as in the example of the export, got tensor"):
+        package.forward(x, 0.5, x, y)
+
+
+def test_what_is_written_in_place(tmp_path):
+    """The caller's tensor, however it lies in memory; the export itself writes neither the example nor the model."""
+    model, x, state = modules.Counting(), torch.rand(6, 3), torch.zeros(2, 3)
+    export_aoti(model, tmp_path / "out", (x, state))
+    assert not state.any() and not model.calls.any()
+    package = load_package(tmp_path / "out")
+    for call, given in ((1, state), (2, torch.zeros(3, 2).mT)):
+        torch.testing.assert_close(package.forward(x, given), 2 * x + call)
+        torch.testing.assert_close(given, torch.stack([x.sum(0), torch.zeros(3)]))
+
+
+def test_a_number_that_is_written_is_refused(tmp_path):
+    """torch's packages would count to one."""
+    model = modules.Counting()
+    model.calls = torch.zeros(1)
+    with pytest.raises(ValueError, match="expected several numbers in the buffer calls, which it writes in place, got"):
+        export_aoti(model, tmp_path / "out", (torch.rand(6, 3), torch.zeros(2, 3)))
+
+
+def test_a_multiple_of_a_size(tmp_path):
+    inputs = tuple(modules.rule_inputs(2, 70).values())
+    shapes = tuple({1: 2 * Dim("n", min=1, max=99)} for _ in inputs)
+    export_aoti(modules.Rule(), tmp_path / "out", inputs, shapes)
+    package = load_package(tmp_path / "out")
+    shorter = [x[:, :12] for x in inputs]
+    torch.testing.assert_close(package.forward(*shorter), modules.Rule()(*shorter), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"q: expected shape \[2, '2\*n', 1, 16\], got \(2, 13, 1, 16\)"):
+        package.forward(*(x[:, :13] for x in inputs))
+    with pytest.raises(
+        ValueError, match=r"k: expected shape \[2, '2\*n', 1, 16\] with \{'n': 6\}, got \(2, 14, 1, 16\)"
+    ):
+        package.forward(shorter[0], *(x[:, :14] for x in inputs[1:]))
+
+
+def test_the_device_of_a_package(mixer, monkeypatch):
+    """One of several GPUs is the loader's to choose; another kind of device is refused."""
+    out_dir = mixer[1].out_dir
+    assert load_package(out_dir, "cpu:0").device == torch.device("cpu")
+    with pytest.raises(ValueError, match="device: expected cpu, which the package was exported for, got cuda:1"):
+        load_package(out_dir, "cuda:1")
+    loads, load = [], torch._inductor.aoti_load_package
+    monkeypatch.setattr(runner, "verify", lambda folder: {**read_manifest(folder), "device": "cuda"})
+    monkeypatch.setattr(
+        torch._inductor, "aoti_load_package", lambda path, device_index: loads.append(device_index) or load(path)
+    )
+    package = load_package(out_dir, "cuda:1")
+    assert loads == [1] and package.device == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="x: expected a tensor on cuda:1, got cpu"):
+        package.forward(*modules.mixer_inputs(2, 9))

@@ -15,14 +15,14 @@ from gdn_ops import reference
 from tests import oracle
 from tests.export import modules, onnx_exports
 from tests.lowering import tensorrt_stand_in as stand_in
-from tests.models.models import tokens
+from tests.models.models import make, tokens
 
 onnx = pytest.importorskip("onnx", minversion="1.23")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from gdn_ops.export import onnx_proof, parity  # noqa: E402
+from gdn_ops.export import export_onnx, onnx_proof, parity  # noqa: E402
 from gdn_ops.export.program import flatten_state  # noqa: E402
 from gdn_ops.lowering.tensorrt import onnx_nodes, onnx_plugins  # noqa: E402
 
@@ -228,3 +228,18 @@ def test_what_the_named_plugins_refuse_and_support(monkeypatch, exprs):
     assert [x.name for x in plugin.creator.field_names] == list(onnx_plugins.FIELDS)
     kept = {x.name: x for x in plugin.plugin.get_fields_to_serialize()}
     assert kept["update_rule"].data == b"delta" and kept["q_num_heads"].data.tolist() == [1]
+
+
+@torch.no_grad()
+def test_gated_linear_attention_stays_a_function(tmp_path):
+    """Mamba2's rule has no plugin: its body is in the file, beside the plugins of the others."""
+    model = make("GM", torch.float32)
+    result = export_onnx(model, tmp_path / "out")
+    counts = onnx_nodes.with_plugins(result.files["model.onnx"], tmp_path / "model.onnx")
+    assert counts.keys() == {"gdn::causal_conv1d", "gdn::chunk_gated_delta_rule", "gdn::recurrent_gated_delta_rule"}
+    loaded = onnx.load(str(tmp_path / "model.onnx"))
+    assert {x.name for x in loaded.functions} == {"GatedLinearAttention"}
+    state, ids = model.init_state(2), tokens(2, 33)
+    feeds = {"input_ids": ids.numpy(), **{name: x.numpy() for name, x in flatten_state(state).items()}}
+    (logits,) = evaluator(tmp_path / "model.onnx").run(["logits"], feeds)
+    assert parity.error(torch.from_numpy(np.array(logits)), model.prefill(ids, state)[0]) < 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -84,7 +85,10 @@ DAMAGE = {
     "broken JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json: expected JSON, got"),
     "binary config": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), r"config\.json: expected JSON, got"),
     "list": (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: expected model_type 'gdn_hybrid'"),
-    "other model": (lambda f: edit_config(f, model_type="llama"), r"config\.json: expected model_type 'gdn_hybrid'"),
+    "other model": (
+        lambda f: edit_config(f, model_type="llama"),
+        r"config\.json: expected model_type 'gdn_hybrid', got 'llama'",
+    ),
     "bad field": (lambda f: edit_config(f, window=0), r"config\.json: window: expected a positive integer, got 0"),
     "unknown field": (lambda f: edit_config(f, depth=3), r"config\.json: depth: expected one of the fields"),
     "field type": (lambda f: edit_config(f, vocab_size="7"), r"config\.json: vocab_size: expected a positive integer"),
@@ -106,7 +110,19 @@ DAMAGE = {
     ),
     "integer weight": (
         lambda f: edit_weights(f, **{"norm.weight": torch.ones(32).int()}),
-        r"model\.safetensors: expected norm\.weight in a floating dtype, got torch\.int32",
+        r"model\.safetensors: expected norm\.weight in a floating dtype of 16 bits or more, got torch\.int32",
+    ),
+    "8 bits": (
+        lambda f: edit_weights(f, **{"norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}),
+        r"model\.safetensors: expected norm\.weight in a floating dtype of 16 bits or more, got torch\.float8_e4m3fn",
+    ),
+    "list in the pattern": (
+        lambda f: edit_config(f, pattern=[["G"]]),
+        r"config\.json: pattern: expected a string or a list of strings, got \['G'\] in it",
+    ),
+    "config is a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        r"folder: expected a saved model with config\.json, got",
     ),
     "cut off": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
@@ -192,3 +208,22 @@ def test_without_safetensors_the_error_names_the_extra(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ModuleNotFoundError, match=r"needs safetensors: pip install 'gdn-ops\[hf\]'"):
         HybridLM.from_pretrained(saved)
+
+
+def test_layers_that_share_weights_are_saved_each_with_its_own(tmp_path):
+    model = make("GG", dtype=torch.float32)
+    model.layers[1].mlp = model.layers[0].mlp
+    model.save_pretrained(tmp_path)
+    read, ids = HybridLM.from_pretrained(tmp_path), tokens(1, 9)
+    assert torch.equal(read(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("mask, mode", [(0o077, 0o600), (0o022, 0o644)])
+def test_who_may_read_a_saved_model(tmp_path, mask, mode):
+    """Whoever may read any new file of the process; safetensors would let nobody else."""
+    before = os.umask(mask)
+    try:
+        make().save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {mode}

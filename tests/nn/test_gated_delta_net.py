@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gdn_ops.nn import GatedDeltaNet, gated_delta_net
+from gdn_ops.nn import GatedDeltaNet
 from tests.nn import plain
 from tests.nn.samples import AGREEMENT, LAYOUTS, LENGTHS, mask, padded, rows
 from tests.oracle import DEVICES, TOLERANCE, assert_close, error
@@ -326,8 +325,3 @@ def test_bad_input_is_named(case):
     kind, arguments, message = BAD_CALLS[case]
     with pytest.raises(kind, match=message):
         make()(**{"hidden_states": make_input(2, 5), **arguments})
-
-
-def test_documented_example_runs():
-    results = doctest.testmod(gated_delta_net, extraglobs={"torch": torch})
-    assert results.failed == 0 and results.attempted > 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,6 +254,19 @@ def test_errors_name_the_argument(case):
         linear_cross_entropy(*arguments)
 
 
-def test_documented_example_runs():
-    results = doctest.testmod(loss, extraglobs={"torch": torch})
-    assert results.failed == 0 and results.attempted > 0
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_no_gradient_that_nobody_asked_for(frozen, dtype):
+    """As with adapters on a frozen head: neither computed nor kept until the backward pass."""
+    x, weight = torch.randn(64, 16, dtype=dtype), torch.randn(1000, 16, dtype=dtype)
+    targets, other = torch.randint(1000, (64,)), {"x": weight, "weight": x}[frozen]
+    x.requires_grad_(), weight.requires_grad_()
+    linear_cross_entropy(x, weight, targets).backward()
+    want, other.grad = other.grad, None
+    {"x": x, "weight": weight}[frozen].requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(tuple(y.shape)) or y, lambda y: y):
+        loss = linear_cross_entropy(x, weight, targets)
+    assert tuple(other.shape) in kept and {"x": (64, 16), "weight": (1000, 16)}[frozen] not in kept
+    loss.backward()
+    assert torch.equal(other.grad, want)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 import torch
 
-from gdn_ops.nn import SwiGLU, mlp
+from gdn_ops.nn import SwiGLU
 from tests.nn import plain
 from tests.oracle import DEVICES, TOLERANCE, assert_close
 
@@ -29,8 +27,3 @@ def test_values_and_gradients(dtype, device):
     assert_close(x.grad, x_wide.grad, TOLERANCE[dtype].grads, "dx")
     for name, p in layer.named_parameters():
         assert_close(p.grad, weights[name].grad, TOLERANCE[dtype].grads, "d" + name)
-
-
-def test_documented_example_runs():
-    results = doctest.testmod(mlp, extraglobs={"torch": torch})
-    assert results.failed == 0 and results.attempted > 0

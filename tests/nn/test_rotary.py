@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from gdn_ops.nn import rotary, rotate
+from gdn_ops.nn import rotate
 from tests.nn import plain
 from tests.oracle import DEVICES, TOLERANCE, assert_close
 
@@ -63,8 +61,3 @@ def test_angles_are_computed_once_in_compiled_code():
     assert len(codes) == 2 and code.count("cos(") == code.count("sin(") == 1
     for a, b in zip(got, run(call)):
         assert_close(a, b, 1e-6, "x")
-
-
-def test_documented_example_runs():
-    results = doctest.testmod(rotary, extraglobs={"torch": torch})
-    assert results.failed == 0 and results.attempted > 0

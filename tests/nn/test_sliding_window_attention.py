@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gdn_ops.nn import SlidingWindowAttention, sliding_window_attention
+from gdn_ops.nn import SlidingWindowAttention
 from tests.memory import with_memory
 from tests.nn import plain
 from tests.nn.samples import AGREEMENT, LAYOUTS, LENGTHS, mask, padded, rows
@@ -307,6 +305,8 @@ def test_bad_input_is_named(case):
         make()(**{"hidden_states": make_input(2, 5), **arguments})
 
 
-def test_documented_example_runs():
-    results = doctest.testmod(sliding_window_attention, extraglobs={"torch": torch})
-    assert results.failed == 0 and results.attempted > 0
+@pytest.mark.parametrize("T", [0, 1, 5, 20])
+def test_no_row(T):
+    layer, x = SlidingWindowAttention(16, 2, window=4), torch.ones(0, T, 16)
+    for options in ({}, {"output_state": True}, {"lengths": torch.ones(0, dtype=torch.long)}):
+        assert layer(x, **options)[0].shape == (0, T, 16)

@@ -39,6 +39,8 @@ def samples(layout, state, device="cpu", dtype=torch.float32, requires_grad=Fals
     """``[(name, overload, args)]`` for one layout, with or without the optional states."""
     x, c = _rule(layout, device, dtype, T), _conv(layout, device, dtype, T)
     do, ds = cotangents(x)
+    if layout == "strided":  # as a loss of the transposed state gives
+        ds = ds.mT.contiguous().mT
     tensors = [x[n] for n in ("q", "k", "v", "g", "beta")]
     h0, cu_seqlens = (x["initial_state"] if state else None), x["cu_seqlens"]
     conv = [c["x"], c["weight"], c["bias"] if state else None, c["initial_state"] if state else None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -271,3 +274,35 @@ def test_save_list_keeps_the_operator_from_running_twice(device):
     assert calls.count(torch.ops.gdn.chunk_gated_delta_rule.default) == 1
     assert calls.count(torch.ops.gdn.chunk_gated_delta_rule_backward.default) == 1
     assert_close(got, want, 1e-6, "dq")
+
+
+def test_flops_token_by_token():
+    """The products of a token with the state: what it holds under the key, the write, the read; no chunk."""
+    x = make_inputs(2, 3, 2, 4, 16, 8)
+    with FlopCounterMode(display=False) as counter:
+        gdn_ops.recurrent_gated_delta_rule(**x)
+    assert counter.get_total_flops() == 2 * (2 * 3 * 4) * 3 * 16 * 8
+    with FlopCounterMode(display=False) as counter:
+        gdn_ops.recurrent_gated_linear_attention(*(x[name] for name in "qkvg"))
+    assert counter.get_total_flops() == 2 * (2 * 3 * 4) * 2 * 16 * 8
+
+
+def test_flops_are_counted_whoever_asked_for_the_counter_before():
+    """In a process of its own, where nothing has imported the counter: looking for it is not importing it."""
+    script = """
+import importlib.util, torch, gdn_ops
+assert importlib.util.find_spec("torch.utils.flop_counter") and importlib.util.find_spec("torch.utils.flop_counter")
+from torch.utils.flop_counter import flop_registry
+assert torch.ops.gdn.chunk_gated_delta_rule in flop_registry
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@on_devices
+def test_vmap_over_nothing(device):
+    x = make_inputs(2, 5, 2, 4, 16, 8, device=device)
+    tensors = [x[name][None] for name in ("q", "k", "v", "g", "beta")]
+    for function in (gdn_ops.chunk_gated_delta_rule, gdn_ops.recurrent_gated_delta_rule):
+        mapped = torch.vmap(lambda *args: function(*args, output_final_state=True))  # noqa: B023
+        for some, none in zip(mapped(*tensors), mapped(*(y[:0] for y in tensors))):
+            assert none.shape == (0, *some.shape[1:]) and none.dtype == some.dtype

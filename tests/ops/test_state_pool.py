@@ -291,3 +291,24 @@ def test_not_differentiable(device):
     assert not pool.requires_grad
     with pytest.raises(NotImplementedError, match="recurrent_gated_delta_rule_ has no gradient"):
         o.sum().backward()
+
+
+def test_an_empty_pool_serves_padding(device):
+    x, pool = make(2, 1, device=device), make_pool(0, 4, 32, 24, device)
+    slots = torch.full((2,), -1, device=device)
+    assert not gdn_ops.recurrent_gated_delta_rule_(**x, state=pool, state_indices=slots).any()
+    conv = torch.ones(2, 7, device=device), torch.zeros(0, 7, 3, device=device), torch.ones(7, 4, device=device)
+    assert not gdn_ops.causal_conv1d_update_(*conv, state_indices=slots).any()
+
+
+def test_a_pool_whose_slots_share_memory_is_refused(device):
+    x, pool = make(2, 1, device=device), make_pool(1, 4, 32, 24, device).expand(2, -1, -1, -1)
+    with pytest.raises(
+        ValueError, match=r"state: expected a tensor with memory for each number, .*, got strides \(0, "
+    ):
+        gdn_ops.recurrent_gated_delta_rule_(**x, state=pool)
+    conv = torch.zeros(1, 7, 3, device=device).expand(2, 7, 3)
+    with pytest.raises(
+        ValueError, match=r"state: expected a tensor with memory for each number, .*, got strides \(0, "
+    ):
+        gdn_ops.causal_conv1d_update_(torch.ones(2, 7, device=device), conv, torch.ones(7, 4, device=device))

@@ -117,3 +117,8 @@ def test_a_wrong_setting_is_found_and_a_right_one_measured(tmp_path, monkeypatch
     tuning.tune("value_gradient", Shape(1, 2, 1, 512, 64, 64), None, "bf16", tmp_path / "tune.csv", 300.0)
     said = capsys.readouterr().out
     assert "present" in said and "value_gradient BV=32" in said and (tmp_path / "tune.csv").exists()
+
+
+def test_a_setting_that_says_much_is_sound():
+    command = [sys.executable, "-c", "import sys; sys.stderr.write('x' * 300_000)"]
+    assert sound([({"BV": 16}, command)], 60.0) == [{"BV": 16}]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn_ops.kernels.cpu.chunks import compute_dtype, one, sequences
-from gdn_ops.kernels.cpu.gated_delta_rule import pool_slots
+from gdn_ops.kernels.cpu.gated_delta_rule import pool_slots, taken
 
 
 def _window(x: Tensor, W: int, initial_state: Tensor | None) -> Tensor:
@@ -45,7 +45,7 @@ def forward(x, weight, bias, initial_state, cu_seqlens, silu, output_final_state
     else:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         state = x.new_empty(cu_seqlens.numel() - 1, x.shape[2], weight.shape[1] - 1)
-        for n, tokens in sequences(cu_seqlens):
+        for n, tokens in sequences(cu_seqlens, x.shape[1]):
             y[:, tokens], state[n : n + 1] = _forward_dense(x[:, tokens], weight, bias, one(initial_state, n), silu)
     if not output_final_state:
         state = state.new_empty(0, *state.shape[1:])
@@ -78,7 +78,7 @@ def backward(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu)
         dstates = [x.new_empty(0, x.shape[2], weight.shape[1] - 1, dtype=dtype)]
         dweight = weight.new_zeros(weight.shape, dtype=dtype)
         dbias = weight.new_zeros(len(weight), dtype=dtype)
-        for n, tokens in sequences(cu_seqlens):
+        for n, tokens in sequences(cu_seqlens, x.shape[1]):
             dx[:, tokens], dw, db, ds = _backward_dense(
                 dy[:, tokens], one(dfinal_state, n), x[:, tokens], weight, bias, one(initial_state, n), silu
             )
@@ -93,7 +93,7 @@ def backward(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, silu)
 def update_(x, weight, bias, state, state_indices, silu) -> Tensor:
     slots = pool_slots(state, state_indices, x.shape[0])
     real = slots >= 0
-    y, final = forward(x, weight, bias, state[slots.clamp(min=0)].to(x.dtype), None, silu, True)
+    y, final = forward(x, weight, bias, taken(state, slots).to(x.dtype), None, silu, True)
     state[slots[real]] = final[real].to(state.dtype)
     y[~real] = 0
     return y

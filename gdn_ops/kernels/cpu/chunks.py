@@ -100,9 +100,16 @@ def start(q: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
     return q.new_zeros(q.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(q))
 
 
-def sequences(cu_seqlens: Tensor) -> list[tuple[int, slice]]:
+def check_bounds(cu_seqlens: Tensor, T: int) -> list[int]:
+    """``cu_seqlens`` as numbers; ValueError unless they start at 0, never fall, and end at ``T``."""
     bounds = cu_seqlens.tolist()
-    return [(n, slice(a, b)) for n, (a, b) in enumerate(pairwise(bounds))]
+    if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens: expected a non-decreasing list from 0 to T={T}, got {bounds}")
+    return bounds
+
+
+def sequences(cu_seqlens: Tensor, T: int) -> list[tuple[int, slice]]:
+    return [(n, slice(a, b)) for n, (a, b) in enumerate(pairwise(check_bounds(cu_seqlens, T)))]
 
 
 def one(state: Tensor | None, n: int) -> Tensor | None:
@@ -134,7 +141,7 @@ def forward(
     else:
         o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         state = q.new_empty(cu_seqlens.numel() - 1, *state_shape, dtype=compute_dtype(q))
-        for n, here in sequences(cu_seqlens):
+        for n, here in sequences(cu_seqlens, q.shape[1]):
             parts = [x[:, here] for x in tokens]
             o[:, here], state[n : n + 1] = run(*parts, start(q, v, one(initial_state, n)), scale)
     if not output_final_state:
@@ -155,7 +162,10 @@ def backward(
         S = start(tokens[0], tokens[2], initial_state)
         dS = torch.zeros_like(S) if dfinal_state is None else dfinal_state.to(S.dtype)
         if do.numel() == 0:
-            return (*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tokens), dS.clone())
+            return (
+                *(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tokens),
+                dS.clone(memory_format=torch.contiguous_format),
+            )
         return run(do, dS, *tokens, S, scale)
 
     if cu_seqlens is None:
@@ -163,7 +173,7 @@ def backward(
     else:
         grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tokens]
         dS = q.new_empty(cu_seqlens.numel() - 1, v.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(q))
-        for n, here in sequences(cu_seqlens):
+        for n, here in sequences(cu_seqlens, q.shape[1]):
             parts = [x[:, here] for x in tokens]
             *some, dS[n : n + 1] = dense(do[:, here], one(dfinal_state, n), parts, one(initial_state, n))
             for whole, part in zip(grads, some):

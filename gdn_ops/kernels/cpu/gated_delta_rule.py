@@ -252,7 +252,8 @@ def _segment_gradients(kept: _Kept, v: Tensor, do: Tensor, dS: Tensor, scale: fl
 
 
 def _backward_dense(do, dS, q, k, v, g, beta, S, scale) -> tuple[Tensor, ...]:
-    grads, dstate = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)], dS.clone()
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)]
+    dstate = dS.clone(memory_format=torch.contiguous_format)
     for keys, values in head_blocks(q, v):
         own = [
             (*(x[:, :, keys] for x in some[:2]), *(x[:, :, values] for x in some[2:]))
@@ -290,6 +291,13 @@ def pool_slots(state: Tensor, indices: Tensor | None, N: int, name: str = "state
     return slots
 
 
+def taken(state: Tensor, slots: Tensor) -> Tensor:
+    """What lies in ``slots`` of the pool; anything for padding."""
+    if state.shape[0] == 0:
+        return state.new_zeros(slots.shape[0], *state.shape[1:])
+    return state.index_select(0, slots.clamp(min=0))
+
+
 def _recurrent_kept(pool, q, k, v, g, beta, slots, S, scale):
     """Token by token, like :func:`_recurrent_dense`; the state after each is left in its slot of ``pool``."""
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -302,25 +310,27 @@ def _recurrent_kept(pool, q, k, v, g, beta, slots, S, scale):
 
 
 def _padding(q: Tensor, slots: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Tokens ``[B, T]`` of sequences on no slot, and of no sequence."""
+    """Tokens ``[B, T]`` of sequences on no slot."""
     if cu_seqlens is None:
         return (slots < 0)[:, None].expand(q.shape[:2])
-    padding = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
-    for n, here in sequences(cu_seqlens):
+    padding = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
+    for n, here in sequences(cu_seqlens, q.shape[1]):
         padding[:, here] = slots[n] < 0
     return padding
 
 
 def recurrent_update_(q, k, v, g, beta, state, state_indices, token_state_indices, cu_seqlens, scale) -> Tensor:
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    slots, tokens, run = pool_slots(state, state_indices, N), (q, k, v, g, beta), _recurrent_dense
-    padding, real = _padding(q, slots, cu_seqlens), slots >= 0
+    T, end = q.shape[1], q.shape[1] if cu_seqlens is None else int(cu_seqlens[-1])  # tokens of no sequence follow
+    slots, run = pool_slots(state, state_indices, N), _recurrent_dense
+    tokens = tuple(x[:, :end] for x in (q, k, v, g, beta))
+    padding, real = _padding(tokens[0], slots, cu_seqlens), slots >= 0
     if token_state_indices is not None:
-        token_slots = pool_slots(state, token_state_indices, N, "token_state_indices")
+        token_slots = pool_slots(state, token_state_indices[:, :end], N, "token_state_indices")
         tokens, run = (*tokens, token_slots.masked_fill(padding, -1)), partial(_recurrent_kept, state)
     in_order = state_indices is None and token_state_indices is None
     # Whole rows: index_select and index_copy_ are faster than indexing.
-    initial_state = state[:N] if in_order else state.index_select(0, slots.clamp(min=0))
+    initial_state = state[:N] if in_order else taken(state, slots)
     o, final = forward(run, tokens, initial_state.to(compute_dtype(q)), cu_seqlens, scale, True)
     if in_order:
         state[:N].copy_(final)
@@ -329,4 +339,4 @@ def recurrent_update_(q, k, v, g, beta, state, state_indices, token_state_indice
             slots, final = slots[real], final[real]
         state.index_copy_(0, slots, final.to(state.dtype))
     o[padding] = 0
-    return o
+    return o if o.shape[1] == T else torch.cat([o, o.new_zeros(o.shape[0], T - o.shape[1], *o.shape[2:])], dim=1)

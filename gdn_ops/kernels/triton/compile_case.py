@@ -77,6 +77,7 @@ def cases_of_call(name: str, function: Callable, *args: Any, **kwargs: Any) -> l
 
     Example::
 
+        >>> from gdn_ops.kernels.triton.causal_conv1d import forward
         >>> x = torch.empty(1, 64, 128, dtype=torch.bfloat16, device="meta")
         >>> weight = torch.empty(128, 4, dtype=torch.bfloat16, device="meta")
         >>> [case.name for case in cases_of_call("conv", forward, x, weight, None, None, None, True, False)]
