@@ -112,9 +112,9 @@ def _write(
 
 def _refuse_numbers(item: Plan, program: torch.export.ExportedProgram) -> None:
     """Inductor's packages lose what is written to a buffer of one number."""
-    for name in manifests.writes(item, program):
+    for name, kind in manifests.writes(item, program).items():
         buffer = program.state_dict.get(name, program.constants.get(name))
-        if isinstance(buffer, torch.Tensor) and buffer.numel() == 1:
+        if kind != "input" and isinstance(buffer, torch.Tensor) and buffer.numel() == 1:
             raise ValueError(f"model: expected several numbers in the buffer {name}, which it writes in place, got one")
 
 

@@ -107,7 +107,7 @@ def _replace(work: Path, place: Path) -> None:
     if not place.exists():
         work.rename(place)
         return
-    work.chmod(place.stat().st_mode)
+    work.chmod(place.stat().st_mode & 0o7777)
     old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
     try:
         place.rename(old / "export")

@@ -6,6 +6,7 @@ Shapes are lists of integers and of expressions in the names listed under ``dyna
 from __future__ import annotations
 
 import hashlib
+import operator
 import platform
 from collections.abc import Iterator
 from itertools import count
@@ -147,28 +148,31 @@ def writes(item: Plan, program: ExportedProgram) -> dict[str, str]:
 
 def _written(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
     """What the node writes in place."""
-    for place, argument in enumerate(node.target._schema.arguments if _has_schema(node) else ()):
+    for place, argument in enumerate(_schema(node).arguments if _schema(node) else ()):
         if argument.alias_info is not None and argument.alias_info.is_write:
             x = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-            yield from pytree.tree_leaves(x) if x is not None else ()
+            yield from (leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, torch.fx.Node))
 
 
 def _origin(node: torch.fx.Node) -> torch.fx.Node:
     """What the node is a view of."""
-    while _has_schema(node) and any(x.alias_info is not None for x in node.target._schema.returns):
+    storage = _storage(node)
+    while node.target is operator.getitem or (_schema(node) and any(x.alias_info for x in _schema(node).returns)):
         before = node.args[0]
-        if _storage(before) != _storage(node):  # such as ``x.float()`` of a half
+        if _storage(before) not in (storage, None):  # None: several tensors. Another: such as ``x.float()`` of a half
             return node
         node = before
     return node
 
 
-def _storage(node: torch.fx.Node) -> int:
-    return node.meta["val"].untyped_storage()._cdata
+def _storage(node: torch.fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if torch.is_tensor(value) else None
 
 
-def _has_schema(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and hasattr(node.target, "_schema")
+def _schema(node: torch.fx.Node) -> Any:
+    """Of the operator that the node calls; None for what is no operator."""
+    return getattr(node.target, "_schema", None)
 
 
 def refuse_writes(item: Plan, program: ExportedProgram) -> None:

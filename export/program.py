@@ -123,7 +123,7 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = training
         for module, name, x, before in buffers:
             module._buffers[name] = x
-            if not torch.equal(x, before):
+            if x.device.type != "meta" and not torch.equal(x, before):
                 with torch.no_grad():
                     x.copy_(before)
 

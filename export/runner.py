@@ -241,20 +241,20 @@ def _check_inputs(program: str, entry: dict[str, Any], tensors: list[Tensor], de
 
 
 def _fits(got: int, want: str, dynamic: dict[str, Any], sizes: dict[str, int]) -> bool:
-    """Whether a size is ``want``, an expression in the names of ``dynamic``; puts a name's size into ``sizes``."""
-    expression = sympy.sympify(want, locals={name: sympy.Symbol(name) for name in dynamic})
-    expression = expression.subs({name: size for name, size in sizes.items()})
-    free = sorted(map(str, expression.free_symbols))
-    if not free:
-        return expression == got
-    if len(free) > 1 or free[0] not in dynamic:
-        return True
-    (name,), bounds = free, dynamic[free[0]]
-    solutions = [x for x in sympy.solve(expression - got, sympy.Symbol(name)) if x.is_Integer and x >= bounds["min"]]
-    if not solutions or (bounds["max"] is not None and solutions[0] > bounds["max"]):
-        return False
-    sizes[name] = int(solutions[0])
-    return True
+    """Whether a size is ``want``, a name of ``dynamic`` or an expression in them; ``sizes`` gets that of the name."""
+    if want not in dynamic:
+        symbols = {name: sympy.Symbol(name) for name in dynamic}
+        expression = sympy.sympify(want, locals=symbols).subs({symbols[name]: size for name, size in sizes.items()})
+        free = [str(x) for x in expression.free_symbols]
+        if len(free) != 1 or free[0] not in dynamic:
+            return bool(free) or expression == got
+        want = free[0]
+        solutions = [x for x in sympy.solve(expression - got, symbols[want]) if x.is_Integer]
+        if not solutions:
+            return False
+        got = int(max(solutions))
+    bounds = dynamic[want]
+    return sizes.setdefault(want, got) == got >= bounds["min"] and (bounds["max"] is None or got <= bounds["max"])
 
 
 def load_package(out_dir: str | Path, device: torch.device | str | None = None) -> Package:

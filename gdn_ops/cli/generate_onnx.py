@@ -74,9 +74,9 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
     Logits as large as the k-th are kept; the fewest tokens are kept whose chances reach top-p.
     """
-    logits, least = logits.astype(np.float32), np.finfo(np.float32).tiny  # what is less may be 0 in fp32
+    logits, tiny = logits.astype(np.float32), np.finfo(np.float32).tiny  # what is less may be 0 in fp32
     with np.errstate(over="ignore"):
-        logits = (logits - logits.max()) / np.float32(max(sampling.temperature, least))
+        logits = (logits - logits.max()) / np.float32(max(sampling.temperature, tiny))
     if sampling.top_k is not None and sampling.top_k < len(logits):
         least = np.partition(logits, -sampling.top_k)[-sampling.top_k]
         logits[logits < least] = -np.inf
@@ -85,7 +85,7 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.top_p is not None and sampling.top_p < 1:
         order = np.argsort(-chances, kind="stable")
         ordered = chances[order]
-        chances[order[np.cumsum(ordered) - ordered >= max(sampling.top_p, least)]] = 0
+        chances[order[np.cumsum(ordered) - ordered >= max(sampling.top_p, tiny)]] = 0
     return chances
 
 

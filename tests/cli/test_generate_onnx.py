@@ -171,7 +171,7 @@ def test_the_end_of_text_ends_it_and_so_does_the_limit(counting):
 SAMPLINGS = [
     Sampling(1.0), Sampling(0.3), Sampling(1.7, top_k=5), Sampling(1.0, top_p=0.6), Sampling(0.8, 40, 0.9),
     Sampling(1.0, top_k=1), Sampling(1.0, top_p=1e-6), Sampling(1e-9), Sampling(1.0, top_k=999, top_p=1.0),
-    Sampling(1e-50), Sampling(1.0, top_p=1e-50),
+    Sampling(1e-50), Sampling(1.0, top_p=1e-50), Sampling(1.0, 3, 1e-50),
 ]  # fmt: skip
 
 
