@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from gdn_ops.export import manifest as manifests
 
-from gdn_ops.files import show, write_file
+from gdn_ops.files import write_file
 
 MANIFEST = "manifest.json"
 
@@ -86,11 +86,11 @@ def replacing(out_dir: Path) -> Iterator[Path]:
     """
     place = _place(out_dir)
     place.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    try:
+    work = _beside(place)
+    try:  # from here on, so that a signal finds no moment in which the folder is there and nobody's to remove
+        work.mkdir()
         yield work
         _list_files(work)
-        show(work)
         check_destination(place)  # once more: others may have written there during the work
         _replace(work, place)
     except BaseException:
@@ -103,18 +103,25 @@ def _place(out_dir: Path) -> Path:
     return Path(os.path.realpath(out_dir))
 
 
+def _beside(place: Path, kind: str = "") -> Path:
+    """A hidden name that nothing has."""
+    return place.with_name(f".{place.name}.{kind}{secrets.token_hex(4)}")
+
+
 def _replace(work: Path, place: Path) -> None:
     if not place.exists():
         work.rename(place)
         return
     work.chmod(place.stat().st_mode & 0o7777)
-    old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
+    old = _beside(place, "old.")
     try:
+        old.mkdir()
         place.rename(old / "export")
         work.rename(place)
     except BaseException:
         if (old / "export").exists():
             (old / "export").rename(place)
-        old.rmdir()
+        if old.exists():
+            old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
