@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from gdn_ops.export import manifest as manifests
 
-from gdn_ops.files import write_file
+from gdn_ops.files import beside, write_file
 
 MANIFEST = "manifest.json"
 
@@ -86,8 +85,8 @@ def replacing(out_dir: Path) -> Iterator[Path]:
     """
     place = _place(out_dir)
     place.parent.mkdir(parents=True, exist_ok=True)
-    work = _beside(place)
-    try:  # from here on, so that a signal finds no moment in which the folder is there and nobody's to remove
+    work = beside(place)
+    try:
         work.mkdir()
         yield work
         _list_files(work)
@@ -103,17 +102,12 @@ def _place(out_dir: Path) -> Path:
     return Path(os.path.realpath(out_dir))
 
 
-def _beside(place: Path, kind: str = "") -> Path:
-    """A hidden name that nothing has."""
-    return place.with_name(f".{place.name}.{kind}{secrets.token_hex(4)}")
-
-
 def _replace(work: Path, place: Path) -> None:
     if not place.exists():
         work.rename(place)
         return
     work.chmod(place.stat().st_mode & 0o7777)
-    old = _beside(place, "old.")
+    old = beside(place, "old.")
     try:
         old.mkdir()
         place.rename(old / "export")

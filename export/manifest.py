@@ -15,7 +15,7 @@ from typing import Any
 
 import sympy
 import torch
-from gdn_ops.export.program import Plan, arguments, flatten_state, is_language_model, path_name
+from gdn_ops.export.program import Plan, arguments, by_name, flatten_state, is_language_model, path_name
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
@@ -129,15 +129,15 @@ def refuse_results(item: Plan, program: ExportedProgram, *kinds: type) -> None:
 def _constants(item: Plan, program: ExportedProgram) -> dict[str, Any]:
     """What the example has besides tensors, by name: it is in the program, which has no input for it. What JSON has no
     form for is there by its ``repr``."""
-    leaves = pytree.tree_flatten_with_path(arguments(item))[0]
     inputs = [x.arg for x in program.graph_signature.input_specs if x.kind == InputKind.USER_INPUT]
-    fixed = {path_name(path): x.value for (path, _), x in zip(leaves, inputs) if isinstance(x, ConstantArgument)}
+    named = zip(by_name(arguments(item)), inputs)
+    fixed = {name: x.value for name, x in named if isinstance(x, ConstantArgument)}
     return {name: x if isinstance(x, (bool, int, float, str, type(None))) else repr(x) for name, x in fixed.items()}
 
 
 def writes(item: Plan, program: ExportedProgram) -> dict[str, str]:
     """The inputs that the program writes in place, and the parameters and buffers, by the kind of each."""
-    leaves = (path_name(path) for path, _ in pytree.tree_flatten_with_path(arguments(item))[0])
+    leaves = iter(by_name(arguments(item)))
     names, kinds = {}, {}
     for x in program.graph_signature.input_specs:
         names[x.arg.name] = next(leaves) if x.kind == InputKind.USER_INPUT else x.target
@@ -201,7 +201,7 @@ def describe_program(item: Plan, program: ExportedProgram) -> dict[str, Any]:
         "dynamic": ranges,
         "inputs": [_tensor(n, t, names, role(n)) for n, t in zip(item.inputs, user_tensors(program))],
         "parameters": list(arguments(item)) if item.args else [],
-        "arguments": [path_name(path) for path, _ in pytree.tree_flatten_with_path(arguments(item))[0]],
+        "arguments": list(by_name(arguments(item))),
         "constants": _constants(item, program),
         "writes": sorted(name for name, kind in writes(item, program).items() if kind == "input"),
         "outputs": [_tensor(n, t, names, role(n)) for n, t in _results(item, program) if torch.is_tensor(t)],

@@ -194,9 +194,13 @@ def arguments(item: Plan) -> dict[str, Any]:
     return _arguments(item.module, item.args, item.kwargs)
 
 
+def by_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Every leaf by its dotted name."""
+    return {path_name(path): leaf for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]}
+
+
 def _input_names(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[str]:
-    found = pytree.tree_flatten_with_path(_arguments(model, args, kwargs))[0]
-    return [path_name(path) for path, x in found if torch.is_tensor(x)]
+    return [name for name, x in by_name(_arguments(model, args, kwargs)).items() if torch.is_tensor(x)]
 
 
 def export_plan(item: Plan) -> ExportedProgram:

@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 import torch
 from gdn_ops.export.manifest import FORMAT, FORMAT_VERSION, FORMATS, sha256
-from gdn_ops.export.program import path_name
+from gdn_ops.export.program import by_name
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -120,11 +120,13 @@ class Package:
         spec = pytree.treespec_loads(loaded.loader.get_call_spec()[0])
         args, kwargs = pytree.tree_unflatten(range(spec.num_leaves), spec)
         signature = _signature(entry, args, kwargs)
-        expected = list(_by_name(signature.bind(*args, **kwargs).arguments))
+        expected = list(by_name(signature.bind(*args, **kwargs).arguments))
+        labels, constants = entry.get("arguments", expected), entry.get("constants", {})
+        written = [i for i, label in enumerate(labels) if label in entry.get("writes", ())]
 
         def in_order(*args: Any, **kwargs: Any) -> list[Any]:
             try:
-                given = _by_name(signature.bind(*args, **kwargs).arguments)
+                given = by_name(signature.bind(*args, **kwargs).arguments)
             except TypeError as error:
                 raise ValueError(f"{name}: expected arguments {signature}, got others: {error}") from error
             if given.keys() != set(expected):
@@ -136,14 +138,14 @@ class Package:
         def run(*args: Any, **kwargs: Any) -> Any:
             leaves, given = pytree.tree_flatten((args, kwargs))
             leaves = leaves if given == spec else in_order(*args, **kwargs)
-            _check_constants(entry.get("constants", {}), dict(zip(entry.get("arguments", expected), leaves)))
+            _check_constants(constants, dict(zip(labels, leaves)))
             _check_inputs(name, entry, [x for x in leaves if torch.is_tensor(x)], self.device)
             passed = [x.contiguous() if torch.is_tensor(x) else x for x in leaves]
             args, kwargs = pytree.tree_unflatten(passed, spec)
             results = loaded(*args, **kwargs)
-            for label, x, written in zip(entry.get("arguments", expected), leaves, passed):
-                if label in entry.get("writes", ()) and written is not x:
-                    x.copy_(written)
+            for i in written:
+                if passed[i] is not leaves[i]:
+                    leaves[i].copy_(passed[i])
             return results
 
         return run
@@ -206,11 +208,6 @@ def _signature(entry: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> in
         kind, names = inspect.Parameter.POSITIONAL_ONLY, [f"input_{i}" for i in range(len(args))]
     parameters = [inspect.Parameter(name, kind) for name in names]
     return inspect.Signature([*parameters, *(inspect.Parameter(x, inspect.Parameter.KEYWORD_ONLY) for x in kwargs)])
-
-
-def _by_name(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Every leaf by its dotted name."""
-    return {path_name(path): leaf for path, leaf in pytree.tree_flatten_with_path(dict(arguments))[0]}
 
 
 def _check_constants(constants: dict[str, Any], given: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,16 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def show(path: Path) -> None:
-    """Gives a file or folder that was made for its owner alone the permissions of any new one."""
+    """Gives a file that was made for its owner alone the permissions of any new one."""
     mask = os.umask(0o077)
     os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    path.chmod(0o666 & ~mask)
+
+
+def beside(path: Path, kind: str = "") -> Path:
+    """A hidden name that nothing has, for a folder that will take the place of ``path``: made inside the block that
+    removes it after an error, it leaves a signal no moment between the two."""
+    return path.with_name(f".{path.name}.{kind}{secrets.token_hex(4)}")
 
 
 def sync(folder: Path) -> None:

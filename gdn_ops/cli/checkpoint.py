@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gdn_ops.cli.errors import UserError, at_the_door
-from gdn_ops.files import Archive, show, sync
+from gdn_ops.files import Archive, beside, sync
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +43,10 @@ def save(run: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Op
     folder.mkdir(exist_ok=True)
     for left in folder.glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f".step-{step:08d}.", dir=folder))
+    target = folder / f"step-{step:08d}"
+    work = beside(target)
     try:
+        work.mkdir()
         model.save_pretrained(work)
         text.save(work)
         random = {"cpu": torch.get_rng_state()}
@@ -53,9 +54,7 @@ def save(run: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Op
             random["cuda"] = torch.cuda.get_rng_state_all()
         with Archive(work / STATE, "w") as file:
             torch.save({"step": step, "optimizer": optimizer.state_dict(), "random": random}, file)
-        show(work)
         sync(work)
-        target = folder / f"step-{step:08d}"
         if target.exists():  # only a checkpoint that could not be read is ever written again
             shutil.rmtree(target)
         work.rename(target)

@@ -136,6 +136,13 @@ def tokenizer_decoder(tokenizer: Any, before: list[int]) -> Callable[..., str]:
     return push
 
 
+def tokenizer_encode(tokenizer: Any, text: bytes, argument: str = "--prompt") -> list[int]:
+    try:
+        return tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
+    except Exception as error:  # the library raises bare Exception
+        raise Refusal(f"{argument}: expected text that the tokenizer has tokens for ({_line(error)})") from error
+
+
 def open_tokenizer(content: str) -> Any:
     """A ``tokenizers.Tokenizer`` of every token of a text, whatever lengths its file cuts or fills texts to."""
     tokenizer = _library("tokenizers", "a tokenizer file").Tokenizer.from_str(content)
@@ -277,14 +284,7 @@ def read_text(folder: Path) -> Text:
         tokenizer = open_tokenizer(path.read_text("utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise Refusal(f"FILE: expected a Hugging Face tokenizer.json, got {path} ({_line(error)})") from error
-
-    def encode(text: bytes) -> list[int]:
-        try:
-            return tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
-        except Exception as error:  # the library raises bare Exception
-            raise Refusal(f"--prompt: expected text that {path} has tokens for ({_line(error)})") from error
-
-    return Text(size, end, encode, partial(tokenizer_decoder, tokenizer))
+    return Text(size, end, partial(tokenizer_encode, tokenizer), partial(tokenizer_decoder, tokenizer))
 
 
 def _verify(folder: Path, entries: list[dict[str, Any]]) -> None:

@@ -25,6 +25,7 @@ from gdn_ops.cli.generate_onnx import (
     open_tokenizer,
     read_text_fields,
     tokenizer_decoder,
+    tokenizer_encode,
 )
 from gdn_ops.files import write_file
 
@@ -73,10 +74,9 @@ class TokenizerFile:
     def encode(self, text: bytes, argument: str = "--data") -> list[int]:
         """UserError, about ``argument``, for a text that the tokenizer has no tokens for."""
         try:
-            return self.tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids
-        except Exception as error:  # the library raises bare Exception
-            line = " ".join(str(error).split())
-            raise UserError(f"{argument}: expected text that the tokenizer has tokens for ({line})") from error
+            return tokenizer_encode(self.tokenizer, text, argument)
+        except Refusal as refusal:
+            raise UserError(str(refusal)) from refusal
 
     def decoder(self, before: list[int]) -> Callable[..., str]:
         """As :meth:`Bytes.decoder`."""

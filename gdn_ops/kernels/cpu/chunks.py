@@ -161,11 +161,9 @@ def backward(
     def dense(do, dfinal_state, tokens, initial_state):
         S = start(tokens[0], tokens[2], initial_state)
         dS = torch.zeros_like(S) if dfinal_state is None else dfinal_state.to(S.dtype)
+        dS = dS.contiguous()  # as the gradient of the initial state, which starts as its copy, has to be
         if do.numel() == 0:
-            return (
-                *(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tokens),
-                dS.clone(memory_format=torch.contiguous_format),
-            )
+            return (*(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in tokens), dS.clone())
         return run(do, dS, *tokens, S, scale)
 
     if cu_seqlens is None:

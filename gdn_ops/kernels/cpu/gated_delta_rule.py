@@ -253,7 +253,7 @@ def _segment_gradients(kept: _Kept, v: Tensor, do: Tensor, dS: Tensor, scale: fl
 
 def _backward_dense(do, dS, q, k, v, g, beta, S, scale) -> tuple[Tensor, ...]:
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)]
-    dstate = dS.clone(memory_format=torch.contiguous_format)
+    dstate = dS.clone()
     for keys, values in head_blocks(q, v):
         own = [
             (*(x[:, :, keys] for x in some[:2]), *(x[:, :, values] for x in some[2:]))

@@ -169,7 +169,7 @@ def _segment_gradients(x: _Segment, states: Tensor, v: Tensor, do: Tensor, dS: T
 
 def _backward_dense(do, dS, q, k, v, g, S, scale) -> tuple[Tensor, ...]:
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g)]
-    dstate = dS.clone(memory_format=torch.contiguous_format)
+    dstate = dS.clone()
     for keys, values in head_blocks(q, v):
         own = [
             (*(x[:, :, keys] for x in some[:2]), *(x[:, :, values] for x in some[2:])) for some in ((q, k, v, g), grads)
